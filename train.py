@@ -1,0 +1,396 @@
+"""Train a Backpack, or with --n_sense=0 its plain Transformer, on a dataset of prepare_data.py.
+
+    python train.py config/shakespeare_char.py                          a CPU, a Mac, one GPU
+    torchrun --nproc_per_node=4 train.py config/backpack_small.py       GPUs of one node; many nodes as torchrun does
+    python train.py config/shakespeare_char.py --init_from=resume       go on where a run stopped
+    python train.py --out_dir=out/tuned --init_from=out/run             start from the weights of another run
+"""
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import os
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import UserError, configure, describe, run
+from devices import autocast, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
+from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
+
+
+@dataclass
+class Settings(BackpackConfig):
+    """All of BackpackConfig, and these. The defaults are the paper's recipe for its "small" Backpack (App. A)."""
+    vocab_size: int | None = None    # None: the dataset's
+    dataset: str = "openwebtext"     # a folder of data_dir that prepare_data.py made
+    data_dir: str = "data"
+    out_dir: str = "out/backpack_small"  # the run: ckpt.pt, config.json, metrics.jsonl
+    init_from: str = "scratch"       # scratch; resume: the run in out_dir; or PATH: the weights of another run
+    overwrite: bool = False          # start from scratch over the run in out_dir
+    tokens_per_step: int = 524288    # of all ranks and micro-steps together
+    batch_size: int = 16             # sequences per rank and micro-step (fewer where a step has not as many)
+    max_iters: int = 100000          # optimizer steps
+    learning_rate: float = 6e-4
+    schedule: str = "linear"         # after warm-up: linear (paper) or cosine decay to min_lr
+    warmup_iters: int = 5000         # steps of linear warm-up
+    min_lr: float = 0.0
+    weight_decay: float = 0.1        # of matrices; not of biases, norms, embeddings
+    beta1: float = 0.9
+    beta2: float = 0.999
+    grad_clip: float = 1.0           # largest norm of the gradient; 0: any
+    eval_interval: int = 1000        # steps between evaluations, each with a checkpoint
+    eval_iters: int = 4              # evaluate on this many times tokens_per_step, evenly spaced over val.bin
+    full_val: bool = False           # evaluate on all of val.bin, in disjoint windows
+    eval_only: bool = False          # evaluate, print, exit; writes nothing
+    save_best: bool = False          # also keep best.pt, the checkpoint of the lowest validation loss
+    log_interval: int = 10           # steps between progress lines
+    device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
+    dtype: str = "auto"              # float32, bfloat16, float16 (with a loss scaler); auto: 16 bits on a GPU
+    compile: bool | None = None      # torch.compile; None: on a GPU
+    deterministic: bool = False      # on a GPU: resume bit for bit, slower
+    seed: int = 1337                 # of weights, batches and dropout
+    wandb: bool = False              # log to Weights & Biases
+    wandb_mode: str = "online"       # or offline
+    wandb_project: str = "nanoBackpack"
+
+
+MODEL_KEYS = [f.name for f in fields(BackpackConfig)]
+FREE_KEYS = {"dropout", "grad_checkpoint", "init_std"}          # of these, what may differ from a checkpoint's
+CALL_KEYS = {"init_from", "overwrite", "out_dir", "eval_only"}  # what a resumed run does not take from its checkpoint
+
+
+def start_values(s, sources):
+    """The checkpoint to start from, or None; settings that weren't given become the checkpoint's."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (Path(s.out_dir) / "ckpt.pt").exists():
+        s.init_from = "resume"  # torchrun started this worker group again
+    if s.init_from == "scratch":
+        return None
+    ckpt = load_checkpoint(s.out_dir if s.init_from == "resume" else s.init_from)
+    for key, value in ckpt["config"].items():
+        if key not in sources and (key in MODEL_KEYS or (s.init_from == "resume" and key not in CALL_KEYS)):
+            setattr(s, key, value)
+    return ckpt
+
+
+def load_data(s):
+    """(train and val token ids, memory-mapped; the dataset's meta). Raises UserError."""
+    folder = Path(s.data_dir) / s.dataset
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        return [np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val")], meta
+    except FileNotFoundError:
+        raise UserError(f"no dataset at {folder}: make it with python prepare_data.py --dataset={s.dataset}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no dataset of prepare_data.py ({error!r}): make it again") from None
+
+
+def problems_with(s, data, meta, ckpt, world):
+    """Everything in settings, data and checkpoint that would not work together, a line each."""
+    problems, out, init = [], Path(s.out_dir), Path(s.init_from).resolve()
+    for split, tokens in zip(("train", "val"), data):
+        if len(tokens) <= s.block_size:
+            problems.append(f"{s.dataset}/{split}.bin has {len(tokens)} tokens, block_size={s.block_size} needs more")
+        if (top := int(tokens[:10**8].max())) >= s.vocab_size:  # further on, each batch is checked as it is drawn
+            problems.append(f"{s.dataset}/{split}.bin has token id {top}, outside a vocabulary of {s.vocab_size}")
+    if ckpt:
+        problems += [f"{key}={getattr(s, key)}, but the checkpoint has {ckpt['config'][key]}" for key in MODEL_KEYS
+                     if key not in FREE_KEYS and key in ckpt["config"] and getattr(s, key) != ckpt["config"][key]]
+        if meta and meta["tokenizer"] != ckpt["meta"]["tokenizer"]:
+            problems.append(f"{s.dataset} was not made with the checkpoint's tokenizer: prepare it with "
+                            f"--tokenizer={s.data_dir}/{ckpt['config']['dataset']}")
+    elif (out / "ckpt.pt").exists() and not s.overwrite and not s.eval_only:
+        problems.append(f"{out} has a checkpoint: --init_from=resume goes on with it, --overwrite=True replaces it")
+    if s.init_from not in ("scratch", "resume") and out.resolve() in (init, init.parent):
+        problems.append(f"init_from={s.init_from} lies in out_dir: give another --out_dir, or --init_from=resume")
+    if s.block_size < 1 or s.tokens_per_step < 1 or s.tokens_per_step % (s.block_size * world):
+        problems.append(f"tokens_per_step={s.tokens_per_step} must be a multiple of block_size={s.block_size} times "
+                        f"{world} ranks")
+    elif s.batch_size < 1 or (mine := s.tokens_per_step // s.block_size // world) % min(s.batch_size, mine):
+        problems.append(f"batch_size={s.batch_size} must divide the {s.tokens_per_step // s.block_size // world} "
+                        f"sequences that tokens_per_step={s.tokens_per_step} gives a rank")
+    positive = ("max_iters", "eval_interval", "eval_iters", "log_interval", "learning_rate")
+    problems += [f"{key}={getattr(s, key)} must be more than 0" for key in positive if getattr(s, key) <= 0]
+    if s.schedule not in ("linear", "cosine"):
+        problems.append(f"schedule={s.schedule!r}: expected linear or cosine")
+    if s.wandb and not importlib.util.find_spec("wandb"):
+        problems.append("wandb=True, but the package is not installed: pip install wandb")
+    return problems
+
+
+def learning_rate(s, step):
+    """Linear warm-up, then linear or cosine decay to min_lr at max_iters."""
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / s.warmup_iters
+    done = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
+    share = 1 - done if s.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return s.min_lr + share * (s.learning_rate - s.min_lr)
+
+
+def take(tokens, starts, s, device):
+    """Windows of tokens from starts (B,): x and y (B,T) on the device, y -100 beyond the end, and how many y count."""
+    at = starts[:, None] + np.arange(s.block_size + 1)                                             # (B,T+1)
+    ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
+    if ids.max() >= s.vocab_size:
+        raise UserError(f"{s.dataset} has token id {ids.max()}, outside a vocabulary of {s.vocab_size}")
+    x, y = ids[:, :-1], np.where(at < len(tokens), ids, -100)[:, 1:]
+    both = torch.from_numpy(np.stack((x, y)))                                                      # (2,B,T)
+    if device.type == "cuda":
+        both = both.pin_memory()
+    return *both.to(device, non_blocking=True), int((y >= 0).sum())
+
+
+def save(path, value):
+    """Write a checkpoint to a temporary name, sync, rename: at any moment path holds a whole one. Raises UserError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not save {path} ({str(error).splitlines()[0]}): the one before it is whole; make room "
+                        f"and go on with --init_from=resume") from None
+
+
+def cut_metrics(path, step):
+    """Drop what a stopped run wrote after its checkpoint: later steps, half a line, the evaluation to be repeated."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] < step or (record["step"] == step and "loss" in record):
+            kept.append(line + "\n")
+    path.with_suffix(".tmp").write_text("".join(kept))
+    path.with_suffix(".tmp").replace(path)
+
+
+def main(argv):
+    s, sources = configure(Settings, argv, __doc__)
+
+    # ---- set-up: processes, device, checks
+    rank, world, local_rank = (int(os.environ.get(*key)) for key in
+                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
+    say(f"train.py\n{describe(s, sources)}")
+    ckpt = start_values(s, sources)
+    if s.init_from == "resume" and ckpt["step"] >= s.max_iters and not s.eval_only:
+        return say(f"{s.out_dir} is finished: step {ckpt['step']} of {s.max_iters}")
+    problems, data, meta = [], (), None
+    try:
+        data, meta = load_data(s)
+        s.vocab_size = s.vocab_size or meta["vocab_size"]
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        config = BackpackConfig(**{key: getattr(s, key) for key in MODEL_KEYS} | {"vocab_size": s.vocab_size or 1})
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        own_gpu = world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available()
+        device = pick_device(f"cuda:{local_rank}" if own_gpu else s.device)
+        dtype = pick_dtype(s.dtype, device)
+    except UserError as error:
+        problems.append(str(error))
+    problems += problems_with(s, data, meta, ckpt, world)
+    if problems:
+        raise UserError(problems[0] if len(problems) == 1 else "\n- ".join([f"{len(problems)} problems", *problems]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if s.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(s, config, data, meta, ckpt, device, dtype, rank, world, say)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
+    (train_data, val_data), out, master = data, Path(s.out_dir), rank == 0
+    sequences = s.tokens_per_step // s.block_size // world  # a rank's part of a step
+    B = min(s.batch_size, sequences)
+    accum = sequences // B
+
+    # ---- model, optimizer
+    n, states, kept = memory_need(config, B, dtype)
+    say(f"{n:,} parameters: {states / 1e9:.2f} GB with gradients and AdamW, and about {kept / 1e9:.2f} GB for a "
+        f"micro-batch of {B} x {s.block_size} tokens\n{world} ranks x {accum} micro-steps on {device} in {dtype}")
+    torch.manual_seed(s.seed)
+    model = Backpack.from_checkpoint(ckpt, **{key: getattr(s, key) for key in FREE_KEYS}) if ckpt else Backpack(config)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.param_groups(s.weight_decay), s.learning_rate, (s.beta1, s.beta2),
+                                  fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best, wandb_id = 0, math.inf, None
+    if s.init_from == "resume":
+        optimizer.load_state_dict(ckpt["optimizer"])
+        scaler.load_state_dict(ckpt["scaler"])
+        step, best, wandb_id = ckpt["step"], ckpt["best"], ckpt["wandb_id"]
+    del ckpt
+
+    net = model
+    if s.compile or (s.compile is None and device.type == "cuda"):
+        try:  # it compiles at the first call
+            net = torch.compile(model)
+            x, y, _ = take(train_data, np.zeros(B, np.int64), s, device)
+            with autocast(device, dtype):
+                net(x, y)[1].backward()
+        except Exception as error:  # no C compiler, an old GPU, ...: whatever it is, training works without
+            say(f"training without torch.compile, which fails here: {type(error).__name__}: {str(error)[:200]!r}")
+            net = model
+        model.zero_grad()
+    ddp = net if world == 1 else DistributedDataParallel(
+        net, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    def all_sum(*numbers):
+        """The numbers, each summed over ranks."""
+        total = torch.tensor(numbers, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        if world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    # ---- evaluate: all ranks together, on the same windows of val.bin every time and for any number of ranks
+    windows = np.arange(0, len(val_data) - 1, s.block_size)
+    if not s.full_val and (some := s.eval_iters * s.tokens_per_step // s.block_size) < len(windows):
+        windows = windows[np.linspace(0, len(windows) - 1, some).astype(int)]
+
+    @torch.no_grad()
+    def evaluate():
+        """(mean loss over the windows, number of tokens)"""
+        model.eval()
+        loss, mine = np.zeros(2), windows[rank::world]
+        for i in range(0, len(mine), B):
+            starts = np.full(B, len(val_data))  # rows without a window don't count: they keep the shape
+            starts[: len(mine) - i] = mine[i : i + B]
+            x, y, count = take(val_data, starts, s, device)
+            with autocast(device, dtype):
+                loss += np.array([net(x, y)[1].item(), 1]) * count
+        model.train()
+        total, count = all_sum(*loss)
+        return total / count, int(count)
+
+    if s.eval_only:
+        loss, count = evaluate()
+        return say(f"step {step}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {count:,} tokens")
+
+    # ---- the run's folder and logs
+    wandb_run = None
+    if master:
+        out.mkdir(parents=True, exist_ok=True)
+        if s.init_from == "resume":
+            cut_metrics(out / "metrics.jsonl", step)
+        else:
+            for name in ("ckpt.pt", "best.pt", "metrics.jsonl"):
+                (out / name).unlink(missing_ok=True)
+        facts = {"torch": torch.__version__, "data": {key: meta[key] for key in meta if key != "tokenizer"}}
+        (out / "config.json").write_text(json.dumps(vars(s) | facts, indent=1))
+        metrics = open(out / "metrics.jsonl", "a", buffering=1)
+        if s.wandb:
+            import wandb
+            wandb_run = wandb.init(project=s.wandb_project, name=out.name, dir=out, config=vars(s), mode=s.wandb_mode,
+                                   id=wandb_id, resume="allow" if wandb_id else None)
+            wandb_id = wandb_run.id
+
+    def log(**record):
+        if master:
+            metrics.write(json.dumps(record) + "\n")
+        if wandb_run:
+            wandb_run.log(record, step=record["step"])
+
+    def checkpoint(name="ckpt.pt"):
+        if master:
+            save(out / name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                              "scaler": scaler.state_dict(), "config": vars(s), "step": step, "meta": meta,
+                              "rng": {"seed": s.seed, "step": step},  # batches and dropout are functions of these
+                              "best": best, "wandb_id": wandb_id})
+
+    stop = []
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the next one ends the run at once
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+
+    # ---- loop; its last pass only evaluates and saves
+    peak, first, times, stopping, run_began = peak_flops(device, dtype), step, deque(maxlen=s.log_interval), False, None
+    while not stopping:
+        if step % s.eval_interval == 0 or step == s.max_iters:
+            loss, count = evaluate()
+            log(step=step, val_loss=loss)
+            say(f"step {step}/{s.max_iters}  val loss {loss:.4f}  ({count:,} tokens)")
+            if loss < best:
+                best = loss
+                if s.save_best:
+                    checkpoint("best.pt")
+            checkpoint()
+        if step == s.max_iters:
+            break
+
+        began = time.perf_counter()
+        run_began = run_began or began
+        rng = np.random.default_rng((s.seed, step))  # the batch of all ranks, whatever their number
+        starts = rng.integers(len(train_data) - s.block_size, size=(accum, world, B))
+        torch.manual_seed(int(rng.integers(2**62)) + rank)  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, step)
+        total = torch.zeros((), device=device)
+        for micro in range(accum):
+            x, y, _ = take(train_data, starts[micro, rank], s, device)
+            ddp.require_backward_grad_sync = micro == accum - 1  # as DDP's no_sync(): gradients meet once a step
+            with autocast(device, dtype):
+                loss = ddp(x, y)[1] / accum
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
+        # one wait for the device a step: the exact mean over micro-steps and ranks; and was any rank told to stop?
+        loss, stopping = all_sum(total.item() / world, len(stop))
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before the update. The checkpoint in "
+                            f"{out} is good; try a lower learning_rate or a longer warmup_iters")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
+
+        times.append(time.perf_counter() - began)
+        if step % s.log_interval == 0 or step == s.max_iters:
+            lr, memory, speed = group["lr"], peak_memory(device), s.tokens_per_step * len(times) / sum(times)
+            mfu = speed * model.flops_per_token() / peak / world if peak else None
+            seconds = time.perf_counter() - run_began
+            left = datetime.timedelta(seconds=int(seconds / (step - first) * (s.max_iters - step)))
+            log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed, mfu=mfu, memory=memory,
+                seconds=seconds)
+            say(f"step {step}/{s.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
+                f"mfu {f'{mfu:.1%}' if mfu else 'unknown'}  {memory / 1e9:.2f} GB  {left} left")
+    if stopping:
+        checkpoint()
+        say(f"stopped by a signal after step {step}: go on with --init_from=resume")
+    if wandb_run:
+        wandb_run.finish()
+
+
+if __name__ == "__main__":
+    run(main, CheckpointError)
