@@ -74,15 +74,13 @@ def _nearest(key, keys):
 def _typed(key, value, hint, source):
     """value in the type that the setting is declared with; text of the command line is read as Python, but for str."""
     allowed = typing.get_args(hint) or (hint,)
-    if source == "command line" and not (value == "None" and type(None) in allowed):
+    if source == "command line":
         if str in allowed:
-            return value
+            return None if value == "None" and type(None) in allowed else value
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             pass  # stays text, which the check below refuses
-    elif value == "None":
-        return None
     if type(value) is int and float in allowed and int not in allowed:
         value = float(value)
     if type(value) not in allowed:

@@ -66,17 +66,14 @@ def hub(path, subset=None):
             where = (settings.input,) if settings.input else (path, subset)
             whole = datasets.load_dataset(*where, split="train", num_proc=settings.num_proc or os.cpu_count())
             parts = whole.select_columns("text").train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+            both = datasets.concatenate_datasets([parts["train"], parts["test"]])
         except Exception as error:  # the hub's, the network's, the file formats' and datasets' own errors
             raise UserError(f"datasets can't load {settings.input or path}: {str(error).splitlines()[0]}") from None
 
         def documents(skip=0):
-            done, total = skip, len(whole)
-            for is_val, part in ((False, parts["train"]), (True, parts["test"])):
-                first = min(max(0, skip - (len(parts["train"]) if is_val else 0)), len(part))
-                for rows in part.select(range(first, len(part))).iter(batch_size=100):
-                    for text in rows["text"]:
-                        done += 1
-                        yield is_val, text + end, done / total
+            rows = both.select(range(skip, len(both))) if skip < len(both) else ()
+            for i, row in enumerate(rows, skip):
+                yield i >= len(parts["train"]), row["text"] + end, (i + 1) / len(both)
         return documents
     return source
 
@@ -127,11 +124,12 @@ def read_documents(paths):
             jsonl = ".jsonl" in path.suffixes
             for number, text in enumerate(split_stream(path, raw, "\n" if jsonl else "\n\n"), 1):
                 if jsonl and text.strip():
+                    line = text
                     try:
-                        text = json.loads(text)["text"]
+                        text = json.loads(line)["text"]
                         text.encode()
                     except (ValueError, KeyError, TypeError, AttributeError):
-                        got = f"{path}, line {number}: {text[:60]!r}"
+                        got = f"{path}, line {number}: {line[:60]!r}"
                         raise UserError(f'{got}: expected an object {{"text": "..."}}') from None
                 text = text.strip("\n")
                 if text:
@@ -160,7 +158,7 @@ def split_stream(path, raw, separator, longest=2**26):
         at = fed - len(error.object) + error.start
         value = error.object[error.start]
         raise UserError(f"{path} is not UTF-8: byte {at} is 0x{value:02x}; convert it first") from None
-    except (OSError, EOFError, lzma.LZMAError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # gzip, lzma and zstandard have no base class of errors in common
         raise UserError(f"{path} can't be read: {error}") from None

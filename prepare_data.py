@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, describe, run
-from corpora import BUILT_IN, own_text
+from corpora import BUILT_IN, input_files, own_text
 from tokenizer import KINDS, UNKNOWN, load_tokenizer, train_bpe
 
 
@@ -56,8 +56,6 @@ def first(texts, n_chars):
 
 def learn_vocabulary(kind, vocab_size, source):
     """From the training texts: (tokenizer spec, pattern of characters that only validation texts have, or None)."""
-    if kind == "gpt2":
-        return {"kind": "gpt2"}, None
     if kind == "bpe":
         return train_bpe(first((text for is_val, text, _ in source() if not is_val), BPE_TRAIN_CHARS), vocab_size), None
     seen = (set(), set())
@@ -149,21 +147,26 @@ def main(argv):
     make_source, kind, vocab_size = BUILT_IN.get(settings.dataset, (own_text, "gpt2", 8192))
     kind, vocab_size = settings.tokenizer or kind, settings.vocab_size or vocab_size
     num_proc = settings.num_proc or os.cpu_count()
-    if kind not in KINDS:
-        raise UserError(f"unknown tokenizer {kind!r}: expected one of {', '.join(KINDS)}")
+    spec = {"kind": "gpt2"} if kind == "gpt2" else None  # None: to be learned from the text
+    if Path(kind, "meta.json").is_file():
+        spec = json.loads(Path(kind, "meta.json").read_text())["tokenizer"]
+    elif kind not in KINDS:
+        raise UserError(f"unknown tokenizer {kind!r}: expected {', '.join(KINDS)} or the folder of a dataset or run")
     if not re.fullmatch(r"[\w.-]+", settings.dataset) or not 0 < settings.val_fraction < 1 or num_proc < 1:
         raise UserError(f"dataset={settings.dataset!r} must be a folder's name, val_fraction={settings.val_fraction} "
                         f"between 0 and 1, num_proc={num_proc} at least 1")
-    origin = {"dataset": settings.dataset, "input": settings.input, "tokenizer": kind,
-              "vocab_size": vocab_size if kind == "bpe" else None,
-              "val_fraction": settings.val_fraction if make_source is own_text else None}
+    origin = {"dataset": settings.dataset, "input": settings.input, "tokenizer": kind}
+    origin |= {"vocab_size": vocab_size} if kind == "bpe" else {}
+    if make_source is own_text and settings.input:
+        n_bytes = sum(path.stat().st_size for path in input_files(settings.input))  # so that other text is noticed
+        origin |= {"input_bytes": n_bytes, "val_fraction": settings.val_fraction}
     target, folder = (Path(settings.data_dir) / (settings.dataset + end) for end in ("", ".partial"))
     if (target / "meta.json").exists() and not settings.overwrite:
         if json.loads((target / "meta.json").read_text())["source"] == origin:
             return print(f"{target} is there already, made with these settings; --overwrite=True makes it anew")
         raise UserError(f"{target} was made with other settings: give another --dataset= or --overwrite=True")
 
-    source = make_source(settings, "\n\n" if kind == "char" else "")
+    source = make_source(settings, "\n\n" if "char" in (kind, spec and spec["kind"]) else "")
     state = {}
     if (folder / "progress.json").exists():
         state = json.loads((folder / "progress.json").read_text())
@@ -172,8 +175,10 @@ def main(argv):
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        print("learning the vocabulary" if kind != "gpt2" else "loading gpt2's vocabulary")
-        spec, unseen = learn_vocabulary(kind, vocab_size, source)
+        unseen = None
+        if not spec:
+            print("learning the vocabulary")
+            spec, unseen = learn_vocabulary(kind, vocab_size, source)
         counts = dict.fromkeys(("train_tokens", "val_tokens", "documents", "bytes", "unknown_characters"), 0)
         state = {"source": origin, "spec": spec, "unseen": unseen, "counts": counts}
     tokenizer = load_tokenizer(state["spec"])

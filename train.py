@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from batches import load_data, take
 from configurator import UserError, configure, describe, run
 from devices import autocast, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
@@ -29,7 +30,7 @@ from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
 
 @dataclass
 class Settings(BackpackConfig):
-    """All of BackpackConfig, and these. The defaults are the paper's recipe for its "small" Backpack (App. A)."""
+    """All of BackpackConfig, and these. The defaults are the paper's recipe for its "small" Backpack."""
     vocab_size: int | None = None    # None: the dataset's
     dataset: str = "openwebtext"     # a folder of data_dir that prepare_data.py made
     data_dir: str = "data"
@@ -81,27 +82,14 @@ def start_values(s, sources):
     return ckpt
 
 
-def load_data(s):
-    """(train and val token ids, memory-mapped; the dataset's meta). Raises UserError."""
-    folder = Path(s.data_dir) / s.dataset
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        return [np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val")], meta
-    except FileNotFoundError:
-        raise UserError(f"no dataset at {folder}: make it with python prepare_data.py --dataset={s.dataset}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no dataset of prepare_data.py ({error!r}): make it again") from None
-
-
 def problems_with(s, data, meta, ckpt, world):
     """Everything in settings, data and checkpoint that would not work together, a line each."""
     problems, out, init = [], Path(s.out_dir), Path(s.init_from).resolve()
-    for split, tokens in zip(("train", "val"), data):
-        if len(tokens) <= s.block_size:
-            problems.append(f"{s.dataset}/{split}.bin has {len(tokens)} tokens, block_size={s.block_size} needs more")
-        if (top := int(tokens[:10**8].max())) >= s.vocab_size:  # further on, each batch is checked as it is drawn
-            problems.append(f"{s.dataset}/{split}.bin has token id {top}, outside a vocabulary of {s.vocab_size}")
+    if data:
+        if (least := min(map(len, data))) <= s.block_size:
+            problems.append(f"{s.dataset} is shorter than block_size={s.block_size}: a part has only {least} tokens")
+        if (top := max(int(part[:10**8].max()) for part in data)) >= s.vocab_size:  # take() checks what lies further on
+            problems.append(f"{s.dataset} has token id {top}, outside a vocabulary of {s.vocab_size}")
     if ckpt:
         problems += [f"{key}={getattr(s, key)}, but the checkpoint has {ckpt['config'][key]}" for key in MODEL_KEYS
                      if key not in FREE_KEYS and key in ckpt["config"] and getattr(s, key) != ckpt["config"][key]]
@@ -134,19 +122,6 @@ def learning_rate(s, step):
     done = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
     share = 1 - done if s.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return s.min_lr + share * (s.learning_rate - s.min_lr)
-
-
-def take(tokens, starts, s, device):
-    """Windows of tokens from starts (B,): x and y (B,T) on the device, y -100 beyond the end, and how many y count."""
-    at = starts[:, None] + np.arange(s.block_size + 1)                                             # (B,T+1)
-    ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
-    if ids.max() >= s.vocab_size:
-        raise UserError(f"{s.dataset} has token id {ids.max()}, outside a vocabulary of {s.vocab_size}")
-    x, y = ids[:, :-1], np.where(at < len(tokens), ids, -100)[:, 1:]
-    both = torch.from_numpy(np.stack((x, y)))                                                      # (2,B,T)
-    if device.type == "cuda":
-        both = both.pin_memory()
-    return *both.to(device, non_blocking=True), int((y >= 0).sum())
 
 
 def save(path, value):
@@ -215,7 +190,12 @@ def main(argv):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torch 2.13 gives a restarted worker group the key-value store of the one that died, dead addresses in it; on
+        # one node the number of restarts sets them apart (on many, each agent has its own count: see README)
+        store, *_ = next(dist.rendezvous("env://"))
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     try:
         train(s, config, data, meta, ckpt, device, dtype, rank, world, say)
     finally:
@@ -280,11 +260,9 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         model.eval()
         loss, mine = np.zeros(2), windows[rank::world]
         for i in range(0, len(mine), B):
-            starts = np.full(B, len(val_data))  # rows without a window don't count: they keep the shape
-            starts[: len(mine) - i] = mine[i : i + B]
-            x, y, count = take(val_data, starts, s, device)
-            with autocast(device, dtype):
-                loss += np.array([net(x, y)[1].item(), 1]) * count
+            x, y, count = take(val_data, mine[i : i + B], s, device)
+            with autocast(device, dtype):  # the plain model: one graph less to compile, and no rule for shapes
+                loss += np.array([model(x, y)[1].item(), 1]) * count
         model.train()
         total, count = all_sum(*loss)
         return total / count, int(count)
@@ -302,8 +280,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         else:
             for name in ("ckpt.pt", "best.pt", "metrics.jsonl"):
                 (out / name).unlink(missing_ok=True)
-        facts = {"torch": torch.__version__, "data": {key: meta[key] for key in meta if key != "tokenizer"}}
-        (out / "config.json").write_text(json.dumps(vars(s) | facts, indent=1))
+        (out / "config.json").write_text(json.dumps(vars(s) | {"torch": torch.__version__}, indent=1))
+        (out / "meta.json").write_text(json.dumps(meta))
         metrics = open(out / "metrics.jsonl", "a", buffering=1)
         if s.wandb:
             import wandb
@@ -358,7 +336,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         total = torch.zeros((), device=device)
         for micro in range(accum):
             x, y, _ = take(train_data, starts[micro, rank], s, device)
-            ddp.require_backward_grad_sync = micro == accum - 1  # as DDP's no_sync(): gradients meet once a step
+            if world > 1:
+                ddp.require_backward_grad_sync = micro == accum - 1  # as DDP's no_sync(): gradients meet once a step
             with autocast(device, dtype):
                 loss = ddp(x, y)[1] / accum
             scaler.scale(loss).backward()
@@ -368,8 +347,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         # one wait for the device a step: the exact mean over micro-steps and ranks; and was any rank told to stop?
         loss, stopping = all_sum(total.item() / world, len(stop))
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before the update. The checkpoint in "
-                            f"{out} is good; try a lower learning_rate or a longer warmup_iters")
+            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before updating. The checkpoint "
+                            f"in {out} is good; try a lower learning_rate or a longer warmup_iters")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

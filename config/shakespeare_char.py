@@ -1,16 +1,22 @@
+# A Backpack on Shakespeare's plays, by characters.
+#   python prepare_data.py && python train.py config/shakespeare_char.py && python sample.py
+# hardware: 2 CPU cores, 5 minutes; validation loss 1.86, its Transformer (--n_sense=0) 1.55 (measured 2026-11-23)
+
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
+
 block_size = 64
 n_layer, n_head, n_embd, n_sense = 4, 4, 128, 16
-n_qk = 32
-init_std = 0.08
-tokens_per_step = 768
+n_qk = 32        # the paper's n_embd / n_sense = 8 is narrow at this width
+init_std = 0.08  # about n_embd ** -0.5
+
+tokens_per_step = 12 * 64
 batch_size = 12
-max_iters = 1000
-learning_rate = 3e-3
-min_lr = 3e-4
-schedule = "cosine"
+max_iters = 3000
+learning_rate, min_lr, schedule = 3e-3, 3e-4, "cosine"
 warmup_iters = 100
 beta2 = 0.99
-eval_interval = 250
+
+eval_interval = 500
 eval_iters = 100
+log_interval = 50

@@ -1,0 +1,17 @@
+# A Backpack of GPT-2 large's size on FineWeb-Edu. The paper has none: a recipe of ours, UNTESTED.
+#   python prepare_data.py --dataset=fineweb_edu
+#   torchrun --nproc_per_node=8 train.py config/backpack_large.py
+# hardware: 8 A100-80GB; time and loss: not measured
+
+out_dir = "out/backpack_large"
+dataset = "fineweb_edu"
+
+block_size = 512
+n_layer, n_head, n_embd, n_sense = 36, 20, 1280, 16
+
+tokens_per_step = 512 * 1024
+batch_size = 16  # sequences per GPU and micro-step
+max_iters = 100_000
+learning_rate, min_lr, schedule = 0.00025, 2.5e-05, "cosine"
+warmup_iters = 2000
+beta2 = 0.95

