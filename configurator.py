@@ -107,10 +107,10 @@ def describe(values, sources):
 
 
 def run(main, *user_errors):
-    """Run a script's main(argv); a UserError (or one of user_errors) becomes one line and its exit code."""
+    """Run a script's main(argv): an error of the user, of a file or one of user_errors is a line and an exit code."""
     try:
         main(sys.argv[1:])
-    except (UserError, *user_errors) as error:
+    except (UserError, OSError, *user_errors) as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun one of the processes says it
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None

@@ -44,7 +44,6 @@ BATCH_CHARS = 500_000    # text that a worker gets at once
 SAVE_EVERY = 30          # seconds between notes of progress, from which an interrupted run goes on
 
 
-
 def first(texts, n_chars):
     """Texts until they add up to n_chars."""
     for text in texts:

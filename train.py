@@ -96,10 +96,10 @@ def problems_with(s, data, meta, ckpt, world):
         if meta and meta["tokenizer"] != ckpt["meta"]["tokenizer"]:
             problems.append(f"{s.dataset} was not made with the checkpoint's tokenizer: prepare it with "
                             f"--tokenizer={s.data_dir}/{ckpt['config']['dataset']}")
-    elif (out / "ckpt.pt").exists() and not s.overwrite and not s.eval_only:
+    if s.init_from != "resume" and (out / "ckpt.pt").exists() and not (s.overwrite or s.eval_only):
         problems.append(f"{out} has a checkpoint: --init_from=resume goes on with it, --overwrite=True replaces it")
     if s.init_from not in ("scratch", "resume") and out.resolve() in (init, init.parent):
-        problems.append(f"init_from={s.init_from} lies in out_dir: give another --out_dir, or --init_from=resume")
+        problems.append(f"init_from={s.init_from} lies in out_dir: give another --out_dir")
     if s.block_size < 1 or s.tokens_per_step < 1 or s.tokens_per_step % (s.block_size * world):
         problems.append(f"tokens_per_step={s.tokens_per_step} must be a multiple of block_size={s.block_size} times "
                         f"{world} ranks")
@@ -360,8 +360,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
             mfu = speed * model.flops_per_token() / peak / world if peak else None
             seconds = time.perf_counter() - run_began
             left = datetime.timedelta(seconds=int(seconds / (step - first) * (s.max_iters - step)))
-            log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed, mfu=mfu, memory=memory,
-                seconds=seconds)
+            log(step=step, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, tokens_per_second=speed,
+                mfu=mfu, memory=memory, seconds=seconds)
             say(f"step {step}/{s.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
                 f"mfu {f'{mfu:.1%}' if mfu else 'unknown'}  {memory / 1e9:.2f} GB  {left} left")
     if stopping:

@@ -11,7 +11,7 @@ from conftest import lines
 
 import corpora
 import prepare_data
-from configurator import UserError
+from configurator import UserError, run
 from tokenizer import GPT2_WHEEL, load_tokenizer, pip_wheel, train_bpe
 
 STRANGE = ["naïve café", "日本語のテキスト、漢字。", "🙂🙃 emoji", "tabs\tand  spaces ", "line one\nline two",
@@ -266,6 +266,16 @@ def test_bad_settings(tmp_path, monkeypatch, keys, message):
     with pytest.raises(UserError) as error:
         prepare(tmp_path, **keys)
     assert message in str(error.value)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """/dev/full takes no byte."""
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
+    monkeypatch.setattr(prepare_data, "open", lambda path, mode: open("/dev/full", "wb"), raising=False)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(lambda argv: prepare(tmp_path, input=tmp_path / "t.txt"))
+    assert stop.value.code == 1 and not (tmp_path / "mine").exists()
 
 
 def test_another_dataset_of_that_name_stays(tmp_path):

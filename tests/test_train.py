@@ -226,6 +226,7 @@ def test_autocast_trains(run_train, dtype):
     assert records(exact, "val_loss") == pytest.approx(records(out, "val_loss"), rel=0.05)
     assert all(p.dtype == torch.float32 for p in load_checkpoint(out)["model"].values())
     assert bool(load_checkpoint(out)["scaler"]) == (dtype == "float16")
+    assert "Infinity" not in (out / "metrics.jsonl").read_text() and "NaN" not in (out / "metrics.jsonl").read_text()
 
 
 def test_compile_trains(run_train, capsys):
@@ -292,6 +293,10 @@ def test_scratch_over_a_run(run_train):
     before = (out / "ckpt.pt").read_bytes()
     with pytest.raises(UserError, match="--init_from=resume goes on with it, --overwrite=True replaces it"):
         run_train()
+    assert (out / "ckpt.pt").read_bytes() == before
+    other = run_train(out="other")
+    with pytest.raises(UserError, match="has a checkpoint"):
+        run_train(f"--init_from={other}")
     assert (out / "ckpt.pt").read_bytes() == before
     run_train("--overwrite=True", "--seed=6")
     assert (out / "ckpt.pt").read_bytes() != before and len(records(out, "loss")) == 12
