@@ -22,17 +22,20 @@ def load_data(s):
 
 
 def take(tokens, starts, s, device):
-    """The windows of tokens that begin at starts (B,).
+    """The windows of tokens that begin at starts (B,), as (x, y, distinct, count).
 
-    s: settings with block_size = T, vocab_size and dataset. Returns x and y (B,T) on the device, y being the token that
-    follows each of x, -100 beyond the end, and how many of y count. Raises UserError for an id outside vocab_size.
+    s: settings with block_size = T, vocab_size and dataset. x and y (B,T) lie on the device, y being the token that
+    follows each of x, -100 beyond the end; distinct is what Backpack.forward takes, found here so that a GPU need not
+    wait for it; count is how many of y count. Raises UserError for an id outside vocab_size.
     """
     at = starts[:, None] + np.arange(s.block_size + 1)                                             # (B,T+1)
     ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
     if ids.max() >= s.vocab_size:
         raise UserError(f"{s.dataset} has token id {ids.max()}, outside a vocabulary of {s.vocab_size}")
     x, y = ids[:, :-1], np.where(at < len(tokens), ids, -100)[:, 1:]
-    both = torch.from_numpy(np.stack((x, y)))                                                      # (2,B,T)
-    if device.type == "cuda":
-        both = both.pin_memory()
-    return *both.to(device, non_blocking=True), int((y >= 0).sum())
+    distinct, where = np.unique(x, return_inverse=True)                                            # (U,), (B,T)
+
+    def move(array):
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return move(x), move(y), (move(distinct), move(where)), int((y >= 0).sum())

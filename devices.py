@@ -62,9 +62,25 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory_need(config, batch_size, dtype):
+def flops_per_token(model, distinct_share):
+    """FLOPs of a training step per token at full context: 2 for each product forward, twice as many backward.
+
+    distinct_share: distinct tokens over all, in a micro-batch: the share of positions whose senses are computed.
+    """
+    c, pairs = model.config, (model.config.block_size + 1) / 2           # positions that a query sees, on average
+    size = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 2}
+    n = c.vocab_size * c.n_embd + 2 * c.n_layer * c.n_embd * pairs       # E as LM head; scores and sums of values
+    n += sum(size[name] for name in size if name.startswith(("blocks", "sense_qk")))
+    if c.n_sense:
+        n += c.n_sense * (model.n_qk + c.n_embd) * pairs
+        n += distinct_share * sum(size[name] for name in size if name.startswith("sense_network"))
+    return 3 * 2 * n
+
+
+def memory_need(config, batch_size, dtype, n_distinct):
     """(parameters, bytes of weights + gradients + AdamW's two moments, bytes kept for backward by a micro-batch).
 
+    n_distinct: how many different tokens the micro-batch has.
     The last is counted on fake tensors, which allocate nothing: all that autograd saves in a forward pass. What kernels
     need for a moment comes on top.
     """
@@ -80,7 +96,7 @@ def memory_need(config, batch_size, dtype):
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, autocast(torch.device("cpu"), dtype):
-            model(idx, idx)
+            model(idx, idx, distinct=(torch.zeros(n_distinct, dtype=torch.long), idx))
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
     n = model.num_params()
     return n, 16 * n, sum(storage.nbytes() for key, storage in kept.items() if key not in weights)

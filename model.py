@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+BLOCK = 64  # queries that WeightedSum takes at once
 
 @dataclass
 class BackpackConfig:
@@ -36,10 +37,11 @@ class BackpackConfig:
     grad_checkpoint: bool = False    # compute activations again in backward, not keep them: less memory, more time
 
     def __post_init__(self):
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "sense_mlp_ratio")
-        problems = [f"{name}={getattr(self, name)} must be at least 1" for name in sizes if getattr(self, name) < 1]
-        if self.n_sense < 0 or (self.n_qk is not None and self.n_qk < 1):
-            problems.append(f"n_sense={self.n_sense} must be at least 0 and n_qk={self.n_qk} None or at least 1")
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "sense_mlp_ratio", "n_qk")
+        problems = [f"{key}={value} must be at least 1" for key, value in vars(self).items()
+                    if key in sizes and value is not None and value < 1]
+        if self.n_sense < 0:
+            problems.append(f"n_sense={self.n_sense} must be at least 0")
         if self.n_head > 0 and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if self.n_sense > 0 and self.n_qk is None and self.n_embd % self.n_sense:
@@ -132,6 +134,58 @@ class SenseNetwork(nn.Module):
         return self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))                        # (...,K,D)
 
 
+class WeightedSum(torch.autograd.Function):
+    """o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l, alpha = softmax(q k^T), by blocks of queries; none sees a later key.
+
+    q and k (B,K,T,d), the senses of distinct tokens (U,K*D), which of these stands where (B,T) -> o (B,T,D). There are
+    never (B,K,T,T) weights nor a (B,K,T,D) product; backward computes a block's weights again.
+    """
+    @staticmethod
+    def groups(q, k, senses, where):
+        """Yield (sequences b, their C (n,T,K,D), blocks), n sequences at once; a block, the last comes first, is
+        (queries i, keys j that they may see, alpha (n,K,t,S), alpha (n,t,S*K) for products with C[:, j])."""
+        B, K, T, _ = q.shape
+        n = max(1, (2**22 if q.device.type == "cpu" else 2**28) // (T * senses.size(1)))  # C fits a cache, or is large
+
+        def block(b, C, first):
+            i, j = slice(first, first + BLOCK), slice(0, min(first + BLOCK, T))
+            scores = q[b, :, i] @ k[b, :, j].mT                                                    # (n,K,t,S)
+            later = torch.ones(scores.shape[2], scores.shape[2], dtype=torch.bool, device=q.device).triu(1)
+            scores[..., first:].masked_fill_(later, float("-inf"))
+            alpha = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+            return i, j, alpha, alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2)
+
+        for b in (slice(start, start + n) for start in range(0, B, n)):
+            C = F.embedding(where[b], senses).unflatten(-1, (K, -1))                               # (n,T,K,D)
+            yield b, C, (block(b, C, first) for first in reversed(range(0, T, BLOCK)))
+
+    @staticmethod
+    def forward(ctx, q, k, senses, where):
+        ctx.save_for_backward(q, k, senses, where)
+        o = senses.new_empty(q.size(0), q.size(2), senses.size(1) // q.size(1))                    # (B,T,D)
+        for b, C, blocks in WeightedSum.groups(q, k, senses, where):
+            for i, j, _, flat in blocks:
+                o[b, i] = flat @ C[:, j].flatten(1, 2)
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, senses, where = ctx.saved_tensors
+        dq, dk, dC = torch.empty_like(q), torch.zeros_like(k), None
+        dsenses = torch.zeros_like(senses, dtype=torch.promote_types(senses.dtype, torch.float32))
+        for b, C, blocks in WeightedSum.groups(q, k, senses, where):
+            dC = torch.empty_like(C) if dC is None else dC[: len(C)]  # one buffer; the last block writes it whole
+            for i, j, alpha, flat in blocks:
+                dC[:, j].flatten(1, 2).baddbmm_(flat.mT, do[b, i], beta=int(j.stop < C.size(1)))
+                dalpha = (do[b, i] @ C[:, j].flatten(1, 2).mT).unflatten(2, (-1, C.size(2))).permute(0, 3, 1, 2)
+                dscores = torch._softmax_backward_data(dalpha.to(alpha.dtype), alpha, -1, alpha.dtype)
+                dscores = dscores.to(q.dtype)                                                      # (n,K,t,S)
+                dq[b, :, i] = dscores @ k[b, :, j]
+                dk[b, :, j] += dscores.mT @ q[b, :, i]
+            dsenses.index_add_(0, where[b].flatten(), dC.flatten(2).flatten(0, 1).to(dsenses.dtype))
+        return dq, dk, dsenses.to(senses.dtype), None
+
+
 class Backpack(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -159,16 +213,13 @@ class Backpack(nn.Module):
             else:
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if "proj" in name else std)
 
-    # ------------------------------------------------------------------------------------------------ the equations
-
     def senses(self, ids):
         """ids, any shape (...) -> C(ids) (..., K, D): the sense vectors of tokens."""
         return self.sense_network(self.wte(ids))
 
     def contextualization(self, idx, attention_mask=None):
         """idx (B,T) -> alpha (B,K,T,T), non-negative, lower-triangular, rows sum to 1 (section 3.3)."""
-        mask = self._mask(idx, attention_mask)
-        return self._alpha(self._hidden(idx, mask, attention_mask), mask)
+        return self._alpha(*self._hidden(idx, attention_mask))
 
     def _mask(self, idx, attention_mask):
         """None, where plain causal attention serves; else (B,1,T,S), True where a query may look at a key."""
@@ -179,9 +230,9 @@ class Backpack(nn.Module):
         own = causal.triu(S - T)  # a padding position looks at itself, so that no row is empty
         return (causal & attention_mask.bool()[:, None, None, :]) | own                            # (B,1,T,S)
 
-    def _hidden(self, idx, mask=None, attention_mask=None, cache=None):
-        """The Transformer: idx (B,T) -> h (B,T,D)."""
-        T, past = idx.size(1), cache.past if cache is not None else 0
+    def _hidden(self, idx, attention_mask=None, cache=None):
+        """The Transformer: idx (B,T) -> h (B,T,D), and _mask."""
+        T, past, mask = idx.size(1), cache.past if cache is not None else 0, self._mask(idx, attention_mask)
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}")
         if attention_mask is None:
@@ -191,31 +242,37 @@ class Backpack(nn.Module):
         h = self.drop(self.wte(idx) + self.wpe(pos))                                               # (B,T,D)
         for block in self.blocks:
             h = self._run(block, h, mask, cache)
-        return self.ln_f(h)
+        return self.ln_f(h), mask
+
+    def _qk(self, h):
+        """h (B,T,D) -> query, divided by sqrt(d), and key of each sense, both (B,K,T,d)."""
+        q, k = self.sense_qk(h).unflatten(-1, (2, self.config.n_sense, self.n_qk)).permute(2, 0, 3, 1, 4)
+        return q / math.sqrt(self.n_qk), k
 
     def _alpha(self, h, mask=None, cache=None):
         """h (B,T,D) -> alpha (B,K,T,S) = softmax(q k^T / sqrt(d)) over the positions that each may see."""
-        B, T, _ = h.shape
-        q, k = self.sense_qk(h).view(B, T, 2, self.config.n_sense, self.n_qk).permute(2, 0, 3, 1, 4)  # 2 x (B,K,T,d)
+        q, k = self._qk(h)
         if cache is not None:
             k = cache.extend("sense key", k)                                                       # (B,K,S,d)
-        scores = q @ k.mT / math.sqrt(self.n_qk)                                                   # (B,K,T,S)
+        scores = q @ k.mT                                                                          # (B,K,T,S)
         if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=h.device).tril(k.size(2) - T)
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=h.device).tril(k.size(2) - h.size(1))
         return scores.masked_fill(~mask, float("-inf")).softmax(-1)
 
-    def _sum(self, h, idx, mask=None, cache=None):
+    def _sum(self, h, idx, mask=None, cache=None, distinct=None):
         """o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l: h (B,T,D), idx (B,T) -> o (B,T,D)."""
+        if mask is None and cache is None:
+            ids, where = distinct or idx.unique(return_inverse=True)                               # (U,), (B,T)
+            return WeightedSum.apply(*self._qk(h), self.senses(ids).flatten(1), where)
         C = self.senses(idx).transpose(1, 2)                                                       # (B,K,T,D)
         if cache is not None:
             C = cache.extend("sense", C)                                                           # (B,K,S,D)
         return torch.einsum("bkts,bksd->btd", self._alpha(h, mask, cache), C)                      # (B,T,D)
 
-    def _output(self, idx, attention_mask=None, cache=None):
+    def _output(self, idx, attention_mask=None, cache=None, distinct=None):
         """idx (B,T) -> o (B,T,D), which the logits are linear in; cache, where given, holds the positions before."""
-        mask = self._mask(idx, attention_mask)
-        h = self._hidden(idx, mask, attention_mask, cache)
-        o = self._run(self._sum, h, idx, mask, cache) if self.config.n_sense else h
+        h, mask = self._hidden(idx, attention_mask, cache)
+        o = self._run(self._sum, h, idx, mask, cache, distinct) if self.config.n_sense else h
         if cache is not None:
             cache.past += idx.size(1)
         return o
@@ -226,22 +283,28 @@ class Backpack(nn.Module):
         return function(*args)
 
     def _logits(self, o):
-        """o (...,D) -> logits (...,V) = o E^T; computed with the padded rows, an even size for tensor cores."""
-        return F.linear(o, self.wte.weight)[..., : self.config.vocab_size]
+        """o (...,D) -> logits (...,V) = o E^T, without the padded rows."""
+        return F.linear(o, self.wte.weight[: self.config.vocab_size])
 
-    def forward(self, idx, targets=None, attention_mask=None):
+    def _loss(self, o, targets):
+        """Mean cross-entropy of logits o E^T, o (B,T,D), targets (B,T); large vocabularies in chunks, never whole."""
+        E = self.wte.weight[: self.config.vocab_size]                                              # (V,D)
+        if torch.is_autocast_enabled(o.device.type):
+            dtype = torch.get_autocast_dtype(o.device.type)
+            o, E = o.to(dtype), E.to(dtype)
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(E) > E.size(1) else None
+        return F.linear_cross_entropy(o.flatten(0, 1), E, targets.flatten(), options=chunks)
+
+    def forward(self, idx, targets=None, attention_mask=None, distinct=None):
         """Next-token logits, or their loss.
 
         idx (B,T) token ids; targets (B,T) the token that follows each, -100 where none counts; attention_mask (B,T)
         0 at (left) padding. Returns (logits (B,T,V), None) without targets, else (None, mean cross-entropy in nats).
-        Raises ValueError for more than block_size tokens.
+        distinct: what a data loader knows in advance, idx.unique(return_inverse=True). Senses are computed once for
+        each distinct token, so dropout has one mask for it in a call. ValueError for more than block_size tokens.
         """
-        logits = self._logits(self._output(idx, attention_mask))                                   # (B,T,V)
-        if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    # ------------------------------------------------------------------------------------------------ generation
+        o = self._output(idx, attention_mask, distinct=distinct)                                   # (B,T,D)
+        return (self._logits(o), None) if targets is None else (None, self._loss(o, targets))
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, attention_mask=None, generator=None):
@@ -275,21 +338,9 @@ class Backpack(nn.Module):
         """
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], 1)
 
-    # ------------------------------------------------------------------------------------------------ counts, optimizer
-
     def num_params(self):
         """Number of parameters, E once."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self):
-        """FLOPs of a training step per token at full context: forward 2 for each product, backward twice as many."""
-        c = self.config
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.wpe.weight.numel()  # E as LM head
-        pairs = (c.block_size + 1) / 2                                   # positions that a query sees, on average
-        scores = 2 * c.n_layer * c.n_embd * pairs
-        if c.n_sense:
-            scores += c.n_sense * (self.n_qk + c.n_embd) * pairs
-        return 3 * 2 * (matrices + scores)
 
     def param_groups(self, weight_decay):
         """Groups for AdamW: matrices decay; biases, norms and embeddings don't (paper)."""
@@ -297,8 +348,6 @@ class Backpack(nn.Module):
         decay = [p for p in self.parameters() if p.dim() >= 2 and p not in embeddings]
         rest = [p for p in self.parameters() if p.dim() < 2 or p in embeddings]
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-    # ------------------------------------------------------------------------------------------------ from disk
 
     @classmethod
     def from_checkpoint(cls, source, device="cpu", **changes):
@@ -313,7 +362,7 @@ class Backpack(nn.Module):
                 model = cls(BackpackConfig(**values | changes))
             model.load_state_dict(ckpt["model"], assign=True)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"the checkpoint's weights don't fit its config: {_first_line(error, 2)}") from None
+            raise CheckpointError(f"the checkpoint's weights don't fit its config: {str(error)[:200]!r}") from None
         return model.to(device).eval()
 
 
@@ -336,23 +385,15 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, cut short, of another shape or not ours; the text is one line for the user."""
 
 
-def _first_line(error, lines=1):
-    return " ".join(str(error).split("\n")[:lines]).strip()
-
-
 def load_checkpoint(path, device="cpu"):
-    """Read the dict that train.py saved in a run folder or a file: model, optimizer, config, step, rng, meta.
-
-    Nothing pickled is executed (weights_only). Raises CheckpointError.
-    """
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    """The dict that train.py saved in a run folder or a file; nothing pickled is executed. Raises CheckpointError."""
+    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give a run folder of train.py, or train one first")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load names no base class: zip, pickle and storage errors all come here
-        raise CheckpointError(f"{path} is truncated or no checkpoint of train.py: {_first_line(error)}") from None
+        raise CheckpointError(f"{path} is truncated or no checkpoint of train.py: {str(error).splitlines()[:1]}") from None
     if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
         raise CheckpointError(f"{path} is no checkpoint of train.py: it has not the keys model, config, step, meta")
     return ckpt

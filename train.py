@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batches import load_data, take
 from configurator import UserError, configure, describe, run
-from devices import autocast, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
+from devices import autocast, flops_per_token, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
 
 
@@ -212,7 +212,9 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     accum = sequences // B
 
     # ---- model, optimizer
-    n, states, kept = memory_need(config, B, dtype)
+    probe = np.linspace(0, len(train_data) - s.block_size - 1, B).astype(int)  # a micro-batch from all over the text
+    x, y, distinct, _ = take(train_data, probe, s, device)
+    n, states, kept = memory_need(config, B, dtype, len(distinct[0]))
     say(f"{n:,} parameters: {states / 1e9:.2f} GB with gradients and AdamW, and about {kept / 1e9:.2f} GB for a "
         f"micro-batch of {B} x {s.block_size} tokens\n{world} ranks x {accum} micro-steps on {device} in {dtype}")
     torch.manual_seed(s.seed)
@@ -232,9 +234,9 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     if s.compile or (s.compile is None and device.type == "cuda"):
         try:  # it compiles at the first call
             net = torch.compile(model)
-            x, y, _ = take(train_data, np.zeros(B, np.int64), s, device)
+            torch._dynamo.mark_dynamic(distinct[0], 0)
             with autocast(device, dtype):
-                net(x, y)[1].backward()
+                net(x, y, distinct=distinct)[1].backward()
         except Exception as error:  # no C compiler, an old GPU, ...: whatever it is, training works without
             say(f"training without torch.compile, which fails here: {type(error).__name__}: {str(error)[:200]!r}")
             net = model
@@ -260,9 +262,9 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         model.eval()
         loss, mine = np.zeros(2), windows[rank::world]
         for i in range(0, len(mine), B):
-            x, y, count = take(val_data, mine[i : i + B], s, device)
+            x, y, distinct, count = take(val_data, mine[i : i + B], s, device)
             with autocast(device, dtype):  # the plain model: one graph less to compile, and no rule for shapes
-                loss += np.array([model(x, y)[1].item(), 1]) * count
+                loss += np.array([model(x, y, distinct=distinct)[1].item(), 1]) * count
         model.train()
         total, count = all_sum(*loss)
         return total / count, int(count)
@@ -312,6 +314,7 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     signal.signal(signal.SIGINT, on_signal)
 
     # ---- loop; its last pass only evaluates and saves
+    flops = flops_per_token(model, len(distinct[0]) / x.numel())
     peak, first, times, stopping, run_began = peak_flops(device, dtype), step, deque(maxlen=s.log_interval), False, None
     while not stopping:
         if step % s.eval_interval == 0 or step == s.max_iters:
@@ -335,11 +338,13 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
             group["lr"] = learning_rate(s, step)
         total = torch.zeros((), device=device)
         for micro in range(accum):
-            x, y, _ = take(train_data, starts[micro, rank], s, device)
+            x, y, distinct, _ = take(train_data, starts[micro, rank], s, device)
             if world > 1:
                 ddp.require_backward_grad_sync = micro == accum - 1  # as DDP's no_sync(): gradients meet once a step
+            if net is not model:
+                torch._dynamo.mark_dynamic(distinct[0], 0)  # its length changes: one graph for any
             with autocast(device, dtype):
-                loss = ddp(x, y)[1] / accum
+                loss = ddp(x, y, distinct=distinct)[1] / accum
             scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
@@ -357,7 +362,7 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         times.append(time.perf_counter() - began)
         if step % s.log_interval == 0 or step == s.max_iters:
             lr, memory, speed = group["lr"], peak_memory(device), s.tokens_per_step * len(times) / sum(times)
-            mfu = speed * model.flops_per_token() / peak / world if peak else None
+            mfu = speed * flops / peak / world if peak else None
             seconds = time.perf_counter() - run_began
             left = datetime.timedelta(seconds=int(seconds / (step - first) * (s.max_iters - step)))
             log(step=step, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, tokens_per_second=speed,

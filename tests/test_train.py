@@ -89,7 +89,9 @@ def test_one_step_is_adamw_on_the_drawn_windows(run_train, data_dir):
         g = p.grad * min(1, 0.5 / (norm.item() + 1e-6))
         decay = 0.1 if p.dim() == 2 and "wte" not in name and "wpe" not in name else 0
         want = p * (1 - 1e-2 * decay) - 1e-2 * g / (g.abs() + 1e-8)  # both moments' first step gives g / |g|
-        assert torch.allclose(want, load_checkpoint(out)["model"][name], atol=2e-6), name
+        clear = g.abs() > 1e-5  # where g's rounding cannot turn the quotient
+        assert torch.allclose(want[clear], load_checkpoint(out)["model"][name][clear], atol=2e-6), name
+        assert clear.float().mean() >= 0.5 or name.startswith(("wte", "wpe")), name
 
 
 def test_learning_rate():
@@ -132,7 +134,7 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, number
 
     def kill_in_step_6(tokens, starts, s, device):
         draws.append(len(starts))
-        if len(draws) == 2 * 2 + 6:  # two evaluations of two batches came before
+        if len(draws) == 1 + 2 * 2 + 6:  # a probe and two evaluations of two batches came before
             os.kill(os.getpid(), number)
         return take(tokens, starts, s, device)
     monkeypatch.setattr(train, "take", kill_in_step_6)
@@ -238,7 +240,7 @@ def test_compile_trains(run_train, capsys):
 
 def test_compile_falls_back_in_one_line(run_train, monkeypatch, capsys):
     def broken(module):
-        def call(*args):
+        def call(*args, **kwargs):
             raise RuntimeError("no C compiler\nsecond line")
         return call
     monkeypatch.setattr(torch, "compile", broken)
