@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 64  # queries that WeightedSum takes at once
+BLOCK = 128  # queries that WeightedSum takes at once
 
 @dataclass
 class BackpackConfig:
@@ -150,8 +150,7 @@ class WeightedSum(torch.autograd.Function):
         def block(b, C, first):
             i, j = slice(first, first + BLOCK), slice(0, min(first + BLOCK, T))
             scores = q[b, :, i] @ k[b, :, j].mT                                                    # (n,K,t,S)
-            later = torch.ones(scores.shape[2], scores.shape[2], dtype=torch.bool, device=q.device).triu(1)
-            scores[..., first:].masked_fill_(later, float("-inf"))
+            scores[..., first:] += torch.full(2 * scores.shape[2:3], float("-inf"), device=q.device).triu(1)  # later keys
             alpha = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
             return i, j, alpha, alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2)
 
@@ -393,7 +392,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load names no base class: zip, pickle and storage errors all come here
-        raise CheckpointError(f"{path} is truncated or no checkpoint of train.py: {str(error).splitlines()[:1]}") from None
+        raise CheckpointError(f"{path} is truncated or no checkpoint of train.py: {str(error)[:200]!r}") from None
     if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
         raise CheckpointError(f"{path} is no checkpoint of train.py: it has not the keys model, config, step, meta")
     return ckpt
