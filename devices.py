@@ -1,5 +1,7 @@
 """What the machine offers a run and what a run needs of it: device, number type, peak speed, memory."""
+import re
 import sys
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,10 +58,12 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    if sys.platform == "linux":  # not getrusage, which counts what the parent process held, too
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
     if sys.platform == "win32":
         return 0
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
 
 
 def flops_per_token(model, distinct_share):

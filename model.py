@@ -150,7 +150,7 @@ class WeightedSum(torch.autograd.Function):
         def block(b, C, first):
             i, j = slice(first, first + BLOCK), slice(0, min(first + BLOCK, T))
             scores = q[b, :, i] @ k[b, :, j].mT                                                    # (n,K,t,S)
-            scores[..., first:] += torch.full(2 * scores.shape[2:3], float("-inf"), device=q.device).triu(1)  # later keys
+            scores[..., first:] += torch.full(2 * scores.shape[2:3], float("-inf"), device=q.device).triu(1)  # later
             alpha = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
             return i, j, alpha, alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2)
 
