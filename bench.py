@@ -9,7 +9,7 @@ floor is what the ratio would be if every FLOP took the same time.
 import json
 import multiprocessing
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,6 +21,7 @@ from batches import load_data, take
 from configurator import UserError, configure, run
 from devices import autocast, flops_per_token, peak_memory, pick_device, pick_dtype
 from model import Backpack, BackpackConfig
+from train import MODEL_KEYS
 from train import Settings as TrainSettings
 
 
@@ -69,7 +70,7 @@ def setup(s, variant):
     device = pick_device(s.device)
     dtype, rng = pick_dtype(s.dtype, device), np.random.default_rng(0)
     try:
-        model = VARIANTS[variant](BackpackConfig(**{f.name: getattr(own, f.name) for f in fields(BackpackConfig)}))
+        model = VARIANTS[variant](BackpackConfig(**{key: getattr(own, key) for key in MODEL_KEYS}))
     except ValueError as error:
         raise UserError(str(error)) from None
     model.to(device)

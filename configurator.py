@@ -111,8 +111,8 @@ def run(main, *user_errors):
     try:
         main(sys.argv[1:])
     except (UserError, OSError, *user_errors) as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one of the processes says it
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
+        print(f"{Path(sys.argv[0]).name}{rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

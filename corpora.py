@@ -86,7 +86,7 @@ def own_text(settings, end):
 
     def documents():
         for text, share in read_documents(paths):
-            key = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, key=b"2357").digest()
+            key = hashlib.blake2b(text.encode(), digest_size=8, key=b"2357").digest()
             yield int.from_bytes(key, "big") < limit, text + end, share
     return lambda skip=0: itertools.islice(documents(), skip, None)
 

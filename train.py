@@ -374,6 +374,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         say(f"stopped by a signal after step {step}: go on with --init_from=resume")
     if wandb_run:
         wandb_run.finish()
+    if world > 1:
+        dist.barrier()  # no rank leaves before the last checkpoint is whole
 
 
 if __name__ == "__main__":

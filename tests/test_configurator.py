@@ -97,7 +97,7 @@ def test_every_setting_of_every_script_has_help(script, capsys):
     assert all(len(line) <= 120 for line in out.splitlines())
 
 
-def test_run_turns_user_errors_into_a_line_and_a_code(capsys):
+def test_run_turns_user_errors_into_a_line_and_a_code(capsys, monkeypatch):
     def fail(error):
         def main(argv):
             raise error
@@ -106,6 +106,10 @@ def test_run_turns_user_errors_into_a_line_and_a_code(capsys):
         with pytest.raises(SystemExit) as stop:
             run(fail(error), KeyError)
         assert stop.value.code == code and str(error) in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "3")  # what goes wrong on one rank alone is said, too
+    with pytest.raises(SystemExit):
+        run(fail(UserError("no such device")))
+    assert "rank 3: no such device" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         run(fail(ZeroDivisionError()))
 
