@@ -22,18 +22,19 @@ def load_data(s):
 
 
 def take(tokens, starts, s, device):
-    """The windows of tokens that begin at starts (B,), as (x, y, distinct, count).
+    """The windows of tokens that begin at starts (..., B), as (x, y, distinct, count).
 
-    s: settings with block_size = T, vocab_size and dataset. x and y (B,T) lie on the device, y being the token that
-    follows each of x, -100 beyond the end; distinct is what Backpack.forward takes, found here so that a GPU need not
-    wait for it; count is how many of y count. Raises UserError for an id outside vocab_size.
+    s: settings with block_size = T, vocab_size and dataset. x and y (...,B,T) lie on the device, y being the token that
+    follows each of x, -100 beyond the end; distinct is (ids (U,), where (...,B,T)), the different tokens of x and which
+    of them stands where, found here so that a GPU need not wait for it; count is how many of y count. Raises UserError
+    for an id outside vocab_size.
     """
-    at = starts[:, None] + np.arange(s.block_size + 1)                                             # (B,T+1)
+    at = starts[..., None] + np.arange(s.block_size + 1)                                           # (...,B,T+1)
     ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
     if ids.max() >= s.vocab_size:
         raise UserError(f"{s.dataset} has token id {ids.max()}, outside a vocabulary of {s.vocab_size}")
-    x, y = ids[:, :-1], np.where(at < len(tokens), ids, -100)[:, 1:]
-    distinct, where = np.unique(x, return_inverse=True)                                            # (U,), (B,T)
+    x, y = ids[..., :-1], np.where(at < len(tokens), ids, -100)[..., 1:]
+    distinct, where = np.unique(x, return_inverse=True)                                            # (U,), (...,B,T)
 
     def move(array):
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -68,28 +68,32 @@ def peak_memory(device):
 
 
 def flops_per_token(model, distinct_share):
-    """FLOPs of a training step per token at full context: 2 for each product forward, twice as many backward.
+    """FLOPs of a training step per token at full context by part: 2 for each product forward, twice as many backward.
 
-    distinct_share: distinct tokens over all, in a micro-batch: the share of positions whose senses are computed.
+    distinct_share: distinct tokens over all, of those that senses are computed for at once.
     """
     c, pairs = model.config, (model.config.block_size + 1) / 2           # positions that a query sees, on average
     size = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 2}
-    n = c.vocab_size * c.n_embd + 2 * c.n_layer * c.n_embd * pairs       # E as LM head; scores and sums of values
-    n += sum(size[name] for name in size if name.startswith(("blocks", "sense_qk")))
+
+    def weights(part):
+        return sum(size[name] for name in size if name.startswith(part))
+
+    n = {"Transformer": weights("blocks") + 2 * c.n_layer * c.n_embd * pairs}
     if c.n_sense:
-        n += c.n_sense * (model.n_qk + c.n_embd) * pairs
-        n += distinct_share * sum(size[name] for name in size if name.startswith("sense_network"))
-    return 3 * 2 * n
+        n["sense network"] = distinct_share * weights("sense_network")
+        n["alpha and sum"] = weights("sense_qk") + c.n_sense * (model.n_qk + c.n_embd) * pairs
+    n["logits and loss"] = c.vocab_size * c.n_embd
+    return {part: 3 * 2 * products for part, products in n.items()}
 
 
-def memory_need(config, batch_size, dtype, n_distinct):
+def memory_need(config, batch_size, dtype, n_distinct, accumulates=False):
     """(parameters, bytes of weights + gradients + AdamW's two moments, bytes kept for backward by a micro-batch).
 
-    n_distinct: how many different tokens the micro-batch has.
+    n_distinct: how many different tokens the senses are computed for; accumulates: for several micro-batches.
     The last is counted on fake tensors, which allocate nothing: all that autograd saves in a forward pass. What kernels
     need for a moment comes on top.
     """
-    kept = {}
+    kept, summed = {}, 0
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -101,7 +105,11 @@ def memory_need(config, batch_size, dtype, n_distinct):
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, autocast(torch.device("cpu"), dtype):
-            model(idx, idx, distinct=(torch.zeros(n_distinct, dtype=torch.long), idx))
+            senses = None
+            if config.n_sense:
+                senses = model.senses(torch.zeros(n_distinct, dtype=torch.long)).float(), idx
+                summed = accumulates * senses[0].nbytes
+            model(idx, idx, senses=senses)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
     n = model.num_params()
-    return n, 16 * n, sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+    return n, 16 * n, summed + sum(storage.nbytes() for key, storage in kept.items() if key not in weights)

@@ -17,7 +17,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 128  # queries that WeightedSum takes at once
+from weighted_sum import weighted_sum
+
 
 @dataclass
 class BackpackConfig:
@@ -37,11 +38,10 @@ class BackpackConfig:
     grad_checkpoint: bool = False    # compute activations again in backward, not keep them: less memory, more time
 
     def __post_init__(self):
-        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "sense_mlp_ratio", "n_qk")
-        problems = [f"{key}={value} must be at least 1" for key, value in vars(self).items()
-                    if key in sizes and value is not None and value < 1]
-        if self.n_sense < 0:
-            problems.append(f"n_sense={self.n_sense} must be at least 0")
+        least = {"n_sense": 0, "block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_qk": 1,
+                 "sense_mlp_ratio": 1}
+        problems = [f"{key}={value} must be at least {least[key]}" for key, value in vars(self).items()
+                    if key in least and value is not None and value < least[key]]
         if self.n_head > 0 and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if self.n_sense > 0 and self.n_qk is None and self.n_embd % self.n_sense:
@@ -134,57 +134,6 @@ class SenseNetwork(nn.Module):
         return self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))                        # (...,K,D)
 
 
-class WeightedSum(torch.autograd.Function):
-    """o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l, alpha = softmax(q k^T), by blocks of queries; none sees a later key.
-
-    q and k (B,K,T,d), the senses of distinct tokens (U,K*D), which of these stands where (B,T) -> o (B,T,D). There are
-    never (B,K,T,T) weights nor a (B,K,T,D) product; backward computes a block's weights again.
-    """
-    @staticmethod
-    def groups(q, k, senses, where):
-        """Yield (sequences b, their C (n,T,K,D), blocks), n sequences at once; a block, the last comes first, is
-        (queries i, keys j that they may see, alpha (n,K,t,S), alpha (n,t,S*K) for products with C[:, j])."""
-        B, K, T, _ = q.shape
-        n = max(1, (2**22 if q.device.type == "cpu" else 2**28) // (T * senses.size(1)))  # C fits a cache, or is large
-
-        def block(b, C, first):
-            i, j = slice(first, first + BLOCK), slice(0, min(first + BLOCK, T))
-            scores = q[b, :, i] @ k[b, :, j].mT                                                    # (n,K,t,S)
-            scores[..., first:] += torch.full(2 * scores.shape[2:3], float("-inf"), device=q.device).triu(1)  # later
-            alpha = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-            return i, j, alpha, alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2)
-
-        for b in (slice(start, start + n) for start in range(0, B, n)):
-            C = F.embedding(where[b], senses).unflatten(-1, (K, -1))                               # (n,T,K,D)
-            yield b, C, (block(b, C, first) for first in reversed(range(0, T, BLOCK)))
-
-    @staticmethod
-    def forward(ctx, q, k, senses, where):
-        ctx.save_for_backward(q, k, senses, where)
-        o = senses.new_empty(q.size(0), q.size(2), senses.size(1) // q.size(1))                    # (B,T,D)
-        for b, C, blocks in WeightedSum.groups(q, k, senses, where):
-            for i, j, _, flat in blocks:
-                o[b, i] = flat @ C[:, j].flatten(1, 2)
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        q, k, senses, where = ctx.saved_tensors
-        dq, dk, dC = torch.empty_like(q), torch.zeros_like(k), None
-        dsenses = torch.zeros_like(senses, dtype=torch.promote_types(senses.dtype, torch.float32))
-        for b, C, blocks in WeightedSum.groups(q, k, senses, where):
-            dC = torch.empty_like(C) if dC is None else dC[: len(C)]  # one buffer; the last block writes it whole
-            for i, j, alpha, flat in blocks:
-                dC[:, j].flatten(1, 2).baddbmm_(flat.mT, do[b, i], beta=int(j.stop < C.size(1)))
-                dalpha = (do[b, i] @ C[:, j].flatten(1, 2).mT).unflatten(2, (-1, C.size(2))).permute(0, 3, 1, 2)
-                dscores = torch._softmax_backward_data(dalpha.to(alpha.dtype), alpha, -1, alpha.dtype)
-                dscores = dscores.to(q.dtype)                                                      # (n,K,t,S)
-                dq[b, :, i] = dscores @ k[b, :, j]
-                dk[b, :, j] += dscores.mT @ q[b, :, i]
-            dsenses.index_add_(0, where[b].flatten(), dC.flatten(2).flatten(0, 1).to(dsenses.dtype))
-        return dq, dk, dsenses.to(senses.dtype), None
-
-
 class Backpack(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -214,30 +163,25 @@ class Backpack(nn.Module):
 
     def senses(self, ids):
         """ids, any shape (...) -> C(ids) (..., K, D): the sense vectors of tokens."""
-        return self.sense_network(self.wte(ids))
+        return self._run(self.sense_network, self.wte(ids))
 
     def contextualization(self, idx, attention_mask=None):
         """idx (B,T) -> alpha (B,K,T,T), non-negative, lower-triangular, rows sum to 1 (section 3.3)."""
-        return self._alpha(*self._hidden(idx, attention_mask))
-
-    def _mask(self, idx, attention_mask):
-        """None, where plain causal attention serves; else (B,1,T,S), True where a query may look at a key."""
-        if attention_mask is None:
-            return None
-        T, S = idx.size(1), attention_mask.size(1)
-        causal = idx.new_ones(T, S, dtype=torch.bool).tril(S - T)                                  # (T,S)
-        own = causal.triu(S - T)  # a padding position looks at itself, so that no row is empty
-        return (causal & attention_mask.bool()[:, None, None, :]) | own                            # (B,1,T,S)
+        h, mask = self._hidden(idx, attention_mask)
+        return self._alpha(*self._qk(h), mask)
 
     def _hidden(self, idx, attention_mask=None, cache=None):
-        """The Transformer: idx (B,T) -> h (B,T,D), and _mask."""
-        T, past, mask = idx.size(1), cache.past if cache is not None else 0, self._mask(idx, attention_mask)
+        """The Transformer: idx (B,T) -> h (B,T,D), and mask: (B,1,T,S), True where a query may look at a key, or None
+        where plain causal attention serves."""
+        T, past, mask = idx.size(1), cache.past if cache is not None else 0, None
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}")
-        if attention_mask is None:
-            pos = torch.arange(past, past + T, device=idx.device)                                  # (T,)
-        else:
+        pos = torch.arange(past, past + T, device=idx.device)                                      # (T,)
+        if attention_mask is not None:
             pos = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]                       # (B,T)
+            causal = idx.new_ones(T, past + T, dtype=torch.bool).tril(past)                        # (T,S)
+            mask = causal & attention_mask.bool()[:, None, None, :]                                # (B,1,T,S)
+            mask |= causal.triu(past)  # a padding position looks at itself, so that no row is empty
         h = self.drop(self.wte(idx) + self.wpe(pos))                                               # (B,T,D)
         for block in self.blocks:
             h = self._run(block, h, mask, cache)
@@ -245,33 +189,34 @@ class Backpack(nn.Module):
 
     def _qk(self, h):
         """h (B,T,D) -> query, divided by sqrt(d), and key of each sense, both (B,K,T,d)."""
-        q, k = self.sense_qk(h).unflatten(-1, (2, self.config.n_sense, self.n_qk)).permute(2, 0, 3, 1, 4)
+        q, k = self.sense_qk(h).unflatten(-1, (2, self.config.n_sense, self.n_qk)).permute(2, 0, 3, 1, 4).contiguous()
         return q / math.sqrt(self.n_qk), k
 
-    def _alpha(self, h, mask=None, cache=None):
-        """h (B,T,D) -> alpha (B,K,T,S) = softmax(q k^T / sqrt(d)) over the positions that each may see."""
-        q, k = self._qk(h)
-        if cache is not None:
-            k = cache.extend("sense key", k)                                                       # (B,K,S,d)
-        scores = q @ k.mT                                                                          # (B,K,T,S)
+    def _alpha(self, q, k, mask=None):
+        """query (B,K,T,d) and key (B,K,S,d) -> alpha (B,K,T,S), their softmax over the positions that each may see."""
         if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=h.device).tril(k.size(2) - h.size(1))
-        return scores.masked_fill(~mask, float("-inf")).softmax(-1)
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
+        return (q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1)
 
-    def _sum(self, h, idx, mask=None, cache=None, distinct=None):
+    def _sum(self, h, idx, mask=None, cache=None, senses=None):
         """o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l: h (B,T,D), idx (B,T) -> o (B,T,D)."""
+        q, k = self._qk(h)
+        if senses is None:
+            ids, where = idx.unique(return_inverse=True)                                           # (U,), (B,T)
+            senses = self.senses(ids), where
+        C, where = senses[0].flatten(1), senses[1]                                                 # (U,K*D), (B,T)
         if mask is None and cache is None:
-            ids, where = distinct or idx.unique(return_inverse=True)                               # (U,), (B,T)
-            return WeightedSum.apply(*self._qk(h), self.senses(ids).flatten(1), where)
-        C = self.senses(idx).transpose(1, 2)                                                       # (B,K,T,D)
+            return weighted_sum(q, k, C, where)
+        C = F.embedding(where, C)                                                                  # (B,T,K*D)
         if cache is not None:
-            C = cache.extend("sense", C)                                                           # (B,K,S,D)
-        return torch.einsum("bkts,bksd->btd", self._alpha(h, mask, cache), C)                      # (B,T,D)
+            k, C = cache.extend("sense key", k), cache.extend("sense", C[:, None])[:, 0]     # (B,K,S,d), (B,S,K*D)
+        alpha = self._alpha(q, k, mask).permute(0, 2, 3, 1).flatten(2)                             # (B,T,S*K)
+        return alpha @ C.unflatten(-1, (q.size(1), -1)).flatten(1, 2)                              # (B,T,D)
 
-    def _output(self, idx, attention_mask=None, cache=None, distinct=None):
+    def _output(self, idx, attention_mask=None, cache=None, senses=None):
         """idx (B,T) -> o (B,T,D), which the logits are linear in; cache, where given, holds the positions before."""
         h, mask = self._hidden(idx, attention_mask, cache)
-        o = self._run(self._sum, h, idx, mask, cache, distinct) if self.config.n_sense else h
+        o = self._run(self._sum, h, idx, mask, cache, senses) if self.config.n_sense else h
         if cache is not None:
             cache.past += idx.size(1)
         return o
@@ -285,6 +230,7 @@ class Backpack(nn.Module):
         """o (...,D) -> logits (...,V) = o E^T, without the padded rows."""
         return F.linear(o, self.wte.weight[: self.config.vocab_size])
 
+    @torch.compiler.disable  # chunks run eagerly: the compiled part ends at o
     def _loss(self, o, targets):
         """Mean cross-entropy of logits o E^T, o (B,T,D), targets (B,T); large vocabularies in chunks, never whole."""
         E = self.wte.weight[: self.config.vocab_size]                                              # (V,D)
@@ -294,36 +240,46 @@ class Backpack(nn.Module):
         chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(E) > E.size(1) else None
         return F.linear_cross_entropy(o.flatten(0, 1), E, targets.flatten(), options=chunks)
 
-    def forward(self, idx, targets=None, attention_mask=None, distinct=None):
+    def forward(self, idx, targets=None, attention_mask=None, senses=None):
         """Next-token logits, or their loss.
 
         idx (B,T) token ids; targets (B,T) the token that follows each, -100 where none counts; attention_mask (B,T)
         0 at (left) padding. Returns (logits (B,T,V), None) without targets, else (None, mean cross-entropy in nats).
-        distinct: what a data loader knows in advance, idx.unique(return_inverse=True). Senses are computed once for
-        each distinct token, so dropout has one mask for it in a call. ValueError for more than block_size tokens.
+        senses: (C (U,K,D), where (B,T)), sense vectors at hand and which of them stands where. None: they are computed
+        here, once for each distinct token, so dropout has one mask for it. ValueError for more than block_size tokens.
         """
-        o = self._output(idx, attention_mask, distinct=distinct)                                   # (B,T,D)
+        o = self._output(idx, attention_mask, senses=senses)                                       # (B,T,D)
         return (self._logits(o), None) if targets is None else (None, self._loss(o, targets))
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, attention_mask=None, generator=None):
+    def sense_table(self, max_bytes=4e9):
+        """The senses of all tokens (V,K,D), which generate may look up, or None where they would take more bytes."""
+        ids, table = torch.arange(self.config.vocab_size, device=self.wte.weight.device), None     # (V,)
+        if self.config.n_sense and (one := self.senses(ids[:1])).nbytes * len(ids) <= max_bytes:
+            table = one.new_empty(len(ids), *one.shape[1:])                                        # (V,K,D)
+            for part in ids.split(1024):
+                table[part] = self.senses(part)
+        return table
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, attention_mask=None, generator=None,
+               sense_table=None):
         """Yield max_new_tokens times the next token of each sequence (B,1), given idx (B,T); see generate."""
-        training = self.training
+        training, block_size = self.training, self.config.block_size
         self.eval()
-        start, cache = max(0, idx.size(1) - self.config.block_size), None
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)
+        start, cache = max(0, idx.size(1) - block_size), Cache(block_size)
         try:
             for _ in range(max_new_tokens):
-                if idx.size(1) - start > self.config.block_size:  # full: go on from the last half of the window
-                    start, cache = idx.size(1) - max(1, self.config.block_size // 2), None
-                mask = attention_mask[:, start:] if attention_mask is not None else None
-                new = idx[:, start:] if cache is None else idx[:, -1:]
-                cache = cache or Cache(self.config.block_size)
-                logits = self._logits(self._output(new, mask, cache)[:, -1])                       # (B,V)
-                token = sample_token(logits, temperature, top_k, top_p, generator)                 # (B,1)
-                yield token
+                if idx.size(1) - start > block_size:  # full: go on from the last half of the window
+                    start, cache = idx.size(1) - max(1, block_size // 2), Cache(block_size)
+                new = idx[:, start + cache.past :]                                                 # (B,T) or (B,1)
+                mask = attention_mask[:, start : idx.size(1)] if attention_mask is not None else None
+                senses = (sense_table, new) if sense_table is not None else None
+                logits = self._logits(self._output(new, mask, cache, senses)[:, -1])               # (B,V)
+                yield (token := sample_token(logits, temperature, top_k, top_p, generator))        # (B,1)
                 idx = torch.cat((idx, token), 1)
-                if attention_mask is not None:
-                    attention_mask = torch.cat((attention_mask, torch.ones_like(attention_mask[:, :1])), 1)
         finally:
             self.train(training)
 
@@ -331,7 +287,8 @@ class Backpack(nn.Module):
         """Continue idx (B,T), T >= 1, by max_new_tokens tokens -> (B, T + max_new_tokens).
 
         temperature: 0 takes the likeliest token; top_k: only the k likeliest; top_p: only the likeliest that together
-        have this probability; attention_mask (B,T): 0 at left padding; generator: a torch.Generator to draw from.
+        have this probability; attention_mask (B,T): 0 at left padding; generator: a torch.Generator to draw from;
+        sense_table: what sense_table() returned, so that senses are looked up and not computed.
         Each step computes one position: past keys, values and senses are cached. When block_size positions are cached,
         the last block_size/2 are computed anew at positions from 0, and it goes on.
         """

@@ -20,11 +20,13 @@ class Settings:
     out_dir: str = "out/shakespeare_char"  # a run folder of train.py, or a checkpoint file
     start: str = ""                  # text to go on from, or FILE:path; empty: the start of a document
     num_samples: int = 3
+    batch_size: int = 8              # samples generated at once; the first of them is printed as it grows
     max_new_tokens: int = 500        # per sample
     temperature: float = 0.8         # 1: as the model has it; lower: likelier tokens; 0: always the likeliest
     top_k: int | None = None         # draw from the k likeliest tokens only
     top_p: float | None = None       # draw from the likeliest tokens that together have this probability
-    seed: int = 1337                 # sample i is drawn with seed + i, so the same seed gives the same text
+    sense_table_gb: float = 4.0      # senses of the whole vocabulary are computed in advance if they fit in this
+    seed: int = 1337                 # the same settings and seed give the same text
     device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"              # float32, bfloat16, float16; auto: 16 bits on a GPU
 
@@ -47,6 +49,7 @@ def main(argv):
     s, _ = configure(Settings, argv, __doc__)
     problems = [f"{key}={getattr(s, key)} must be {what}" for key, what, ok in (
         ("num_samples", "at least 1", s.num_samples > 0), ("max_new_tokens", "at least 1", s.max_new_tokens > 0),
+        ("batch_size", "at least 1", s.batch_size > 0), ("sense_table_gb", "at least 0", s.sense_table_gb >= 0),
         ("temperature", "at least 0", s.temperature >= 0), ("top_k", "at least 1", s.top_k is None or s.top_k > 0),
         ("top_p", "in (0, 1]", s.top_p is None or 0 < s.top_p <= 1)) if not ok]
     if problems:
@@ -57,17 +60,25 @@ def main(argv):
     model, tokenizer = Backpack.from_checkpoint(ckpt, device), load_tokenizer(ckpt["meta"]["tokenizer"])
     idx = torch.tensor(start_ids(s.start, tokenizer), device=device)[None]                         # (1,T)
     began, text = time.perf_counter(), tokenizer.decode(idx[0].tolist()) if s.start else ""
-    for i in range(s.num_samples):
-        print(f"--- sample {i + 1} of {s.num_samples}\n{text}", end="", flush=True)
-        generator = torch.Generator(device).manual_seed(s.seed + i)
-        pending = []  # a character may need several tokens: they wait until they make one
-        with autocast(device, dtype):
-            for token in model.stream(idx, s.max_new_tokens, s.temperature, s.top_k, s.top_p, generator=generator):
-                pending.append(token.item())
+    generator = torch.Generator(device).manual_seed(s.seed)
+    steps = s.max_new_tokens * -(-s.num_samples // s.batch_size)
+    with autocast(device, dtype):
+        # one token's senses alone take as long as some 25 rows of the whole table (micro's shape on a CPU)
+        table = model.sense_table(s.sense_table_gb * 1e9) if model.config.vocab_size <= 25 * steps else None
+        for first in range(0, s.num_samples, s.batch_size):
+            batch = range(first, min(first + s.batch_size, s.num_samples))
+            tokens, pending = [], []  # a character may need several tokens: they wait until they make one
+            print(f"--- sample {first + 1} of {s.num_samples}\n{text}", end="", flush=True)
+            for token in model.stream(idx.repeat(len(batch), 1), s.max_new_tokens, s.temperature, s.top_k, s.top_p,
+                                      generator=generator, sense_table=table):                      # (B,1)
+                tokens.append(token)
+                pending.append(token[0].item())
                 if not (new := tokenizer.decode(pending)).endswith("\ufffd"):
                     print(new, end="", flush=True)
                     pending = []
-        print(tokenizer.decode(pending))
+            print(tokenizer.decode(pending))
+            for i, row in zip(batch[1:], torch.cat(tokens, 1)[1:].tolist()):
+                print(f"--- sample {i + 1} of {s.num_samples}\n{text}{tokenizer.decode(row)}")
     rate = s.num_samples * s.max_new_tokens / (time.perf_counter() - began)
     print(f"--- step {ckpt['step']}, {rate:,.0f} tokens/s on {device}")
 

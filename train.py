@@ -124,6 +124,32 @@ def learning_rate(s, step):
     return s.min_lr + share * (s.learning_rate - s.min_lr)
 
 
+def accumulate(net, model, x, y, distinct, amp, scale=lambda loss: loss, last=True):
+    """Backward through micro-batches x, y (n,B,T), their senses computed once; returns the sum of their losses.
+
+    net: the model or what wraps it; distinct: (ids (U,), where (n,B,T)) of x, None for a Transformer; last: the step
+    ends here. Micro-batches before the last leave the senses' gradients in a copy; the last hands on their sum, so that
+    all parameters have gradients in the one backward in which DDP lets ranks meet.
+    """
+    total = 0.0
+    if distinct:
+        with amp:
+            C = model.senses(distinct[0]).float()  # (U,K,D), float as gradients of many micro-batches add up
+        copy = C.detach().requires_grad_()
+        C.register_hook(lambda grad: grad if copy.grad is None else grad + copy.grad)
+        for tensor in (C, copy) if net is not model else ():
+            torch._dynamo.mark_dynamic(tensor, 0)  # U changes: torch.compile shall make one graph for all
+    for i, end in enumerate([False] * (len(x) - 1) + [True]):
+        senses = (C if end else copy, distinct[1][i]) if distinct else None
+        if isinstance(net, DistributedDataParallel):
+            net.require_backward_grad_sync = end and last  # as DDP's no_sync(): gradients meet once a step
+        with amp:
+            loss = net(x[i], y[i], senses=senses)[1]
+        scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
 def save(path, value):
     """Write a checkpoint to a temporary name, sync, rename: at any moment path holds a whole one. Raises UserError."""
     temporary = path.with_name(path.name + ".tmp")
@@ -210,11 +236,12 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     sequences = s.tokens_per_step // s.block_size // world  # a rank's part of a step
     B = min(s.batch_size, sequences)
     accum = sequences // B
+    share = 1 if s.dropout else accum  # micro-steps that share senses: dropout wants a new mask in each
 
     # ---- model, optimizer
-    probe = np.linspace(0, len(train_data) - s.block_size - 1, B).astype(int)  # a micro-batch from all over the text
-    x, y, distinct, _ = take(train_data, probe, s, device)
-    n, states, kept = memory_need(config, B, dtype, len(distinct[0]))
+    probe = np.linspace(0, len(train_data) - s.block_size - 1, share * B).astype(int)  # from all over the text
+    x, y, distinct, _ = take(train_data, probe.reshape(share, B), s, device)
+    n, states, kept = memory_need(config, B, dtype, len(distinct[0]), share > 1)
     say(f"{n:,} parameters: {states / 1e9:.2f} GB with gradients and AdamW, and about {kept / 1e9:.2f} GB for a "
         f"micro-batch of {B} x {s.block_size} tokens\n{world} ranks x {accum} micro-steps on {device} in {dtype}")
     torch.manual_seed(s.seed)
@@ -234,9 +261,7 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     if s.compile or (s.compile is None and device.type == "cuda"):
         try:  # it compiles at the first call
             net = torch.compile(model)
-            torch._dynamo.mark_dynamic(distinct[0], 0)
-            with autocast(device, dtype):
-                net(x, y, distinct=distinct)[1].backward()
+            accumulate(net, model, x[:2], y[:2], distinct if s.n_sense else None, autocast(device, dtype))
         except Exception as error:  # no C compiler, an old GPU, ...: whatever it is, training works without
             say(f"training without torch.compile, which fails here: {type(error).__name__}: {str(error)[:200]!r}")
             net = model
@@ -262,9 +287,9 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         model.eval()
         loss, mine = np.zeros(2), windows[rank::world]
         for i in range(0, len(mine), B):
-            x, y, distinct, count = take(val_data, mine[i : i + B], s, device)
+            x, y, _, count = take(val_data, mine[i : i + B], s, device)
             with autocast(device, dtype):  # the plain model: one graph less to compile, and no rule for shapes
-                loss += np.array([model(x, y, distinct=distinct)[1].item(), 1]) * count
+                loss += np.array([model(x, y)[1].item(), 1]) * count
         model.train()
         total, count = all_sum(*loss)
         return total / count, int(count)
@@ -314,8 +339,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     signal.signal(signal.SIGINT, on_signal)
 
     # ---- loop; its last pass only evaluates and saves
-    flops = flops_per_token(model, len(distinct[0]) / x.numel())
-    peak, first, times, stopping, run_began = peak_flops(device, dtype), step, deque(maxlen=s.log_interval), False, None
+    flops = sum(flops_per_token(model, len(distinct[0]) / x.numel()).values())
+    peak, begin, times, stopping, run_began = peak_flops(device, dtype), step, deque(maxlen=s.log_interval), False, None
     while not stopping:
         if step % s.eval_interval == 0 or step == s.max_iters:
             loss, count = evaluate()
@@ -336,21 +361,15 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         torch.manual_seed(int(rng.integers(2**62)) + rank)  # dropout
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
-        total = torch.zeros((), device=device)
-        for micro in range(accum):
-            x, y, distinct, _ = take(train_data, starts[micro, rank], s, device)
-            if world > 1:
-                ddp.require_backward_grad_sync = micro == accum - 1  # as DDP's no_sync(): gradients meet once a step
-            if net is not model:
-                torch._dynamo.mark_dynamic(distinct[0], 0)  # its length changes: one graph for any
-            with autocast(device, dtype):
-                loss = ddp(x, y, distinct=distinct)[1] / accum
-            scaler.scale(loss).backward()
-            total += loss.detach()
+        total = 0.0
+        for first in range(0, accum, share):
+            x, y, distinct, _ = take(train_data, starts[first : first + share, rank], s, device)
+            total += accumulate(ddp, model, x, y, distinct if s.n_sense else None, autocast(device, dtype),
+                                lambda loss: scaler.scale(loss / accum), first + share == accum)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
         # one wait for the device a step: the exact mean over micro-steps and ranks; and was any rank told to stop?
-        loss, stopping = all_sum(total.item() / world, len(stop))
+        loss, stopping = all_sum(total.item() / accum / world, len(stop))
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before updating. The checkpoint "
                             f"in {out} is good; try a lower learning_rate or a longer warmup_iters")
@@ -358,13 +377,12 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         scaler.update()
         optimizer.zero_grad()
         step += 1
-
         times.append(time.perf_counter() - began)
         if step % s.log_interval == 0 or step == s.max_iters:
             lr, memory, speed = group["lr"], peak_memory(device), s.tokens_per_step * len(times) / sum(times)
             mfu = speed * flops / peak / world if peak else None
             seconds = time.perf_counter() - run_began
-            left = datetime.timedelta(seconds=int(seconds / (step - first) * (s.max_iters - step)))
+            left = datetime.timedelta(seconds=int(seconds / (step - begin) * (s.max_iters - step)))
             log(step=step, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, tokens_per_second=speed,
                 mfu=mfu, memory=memory, seconds=seconds)
             say(f"step {step}/{s.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "

@@ -29,22 +29,27 @@ def test_the_dense_reference_is_the_same_model():
         assert (p.grad - q.grad).abs().max() <= 1e-10 * max(1, q.grad.abs().max()), name
 
 
-def test_recomputation_generates_what_the_cache_does():
-    model = Backpack(BackpackConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16, n_sense=2,
-                                    init_std=0.3))
-    idx = torch.randint(50, (1, 4))
-    assert torch.equal(bench.recompute(model, idx, 28), model.generate(idx, 28, temperature=0))
-
-
 def test_the_command_prints_a_table_and_writes_json(args, tmp_path, capsys):
-    bench.main([*args, "--runs=2", "--warmup=1", f"--json={tmp_path / 'b.json'}"])
+    bench.main([*args, "--block_size=64", "--runs=2", "--warmup=1", "--accum=2", "--generate=3",
+                f"--json={tmp_path / 'b.json'}"])
     out, result = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
-    for name in ("step", "forward", "generate 14"):
+    measured = {f"{what}, {other}": {"backpack", other} for what in ("step", "forward")
+                for other in ("transformer", "dense")}
+    measured["token"] = {"backpack", "senses token by token", "transformer", "recomputed", "dense"}
+    for name, variants in measured.items():
         times = result["seconds"][name]
-        assert {"backpack", "transformer", "dense"} <= times.keys() and all(len(t) == 2 for t in times.values())
-        assert name in out
-    assert result["flop floor"] > 1 and "backpack / transformer" in out
-    assert all(0 < found["before"] <= found["peak"] for found in result["bytes"].values()) and len(result["bytes"]) == 3
+        assert times.keys() == variants and all(len(t) == 2 for t in times.values()) and f"\n{name} " in out
+    assert result["flop floor"] > 1 and "backpack / transformer" in out and result["batch"] == [2, 8, 64]
+    assert all(0 < activations < peak for peak, activations in result["bytes"].values()) and len(result["bytes"]) == 3
+    assert {part for part, (_, took) in result["parts"].items() if took > 0} == {
+        "Transformer", "sense network", "alpha and sum", "logits and loss", "clip and AdamW"}
+
+
+def test_profile_writes_a_trace(args, tmp_path, capsys):
+    bench.main([*args, f"--profile={tmp_path / 't.json'}"])
+    names = {event.get("name") for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
+    assert {"WeightedSum", "WeightedSumBackward", "aten::_fused_adamw_"} <= names
+    assert "self cpu" in capsys.readouterr().out.lower()
 
 
 def test_bad_settings(args):

@@ -8,9 +8,11 @@ from reference import senses as reference_senses
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_file
 from configurator import read_config
 from devices import flops_per_token, memory_need
-from model import Backpack, BackpackConfig, CheckpointError, WeightedSum, sample_token
+from model import Backpack, BackpackConfig, CheckpointError, sample_token
+from weighted_sum import weighted_sum
 
 SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 24, "n_sense": 3, "init_std": 0.3}
 
@@ -152,6 +154,19 @@ def test_cached_generation_is_recomputation(n_sense, prompt):
     assert torch.equal(model.generate(idx, 40, temperature=0), want)
 
 
+def test_generation_from_a_sense_table_is_the_same():
+    model, idx, mask = build(), ids(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    table = model.sense_table()
+    assert torch.allclose(table, model.senses(torch.arange(61)), atol=1e-6) and table.nbytes == 61 * 3 * 24 * 4
+    for how in ({}, {"attention_mask": mask}):
+        assert torch.equal(model.generate(idx, 40, temperature=0, **how),
+                           model.generate(idx, 40, temperature=0, sense_table=table, **how))
+    marked = model.generate(idx, 40, temperature=0, sense_table=torch.zeros_like(table))
+    assert (marked[:, 5:] == 0).all()  # senses come from nowhere else
+    assert model.sense_table(table.nbytes) is not None and model.sense_table(table.nbytes - 1) is None
+    assert build(n_sense=0).sense_table() is None
+
+
 def test_generation_leaves_the_mode_and_uses_no_dropout():
     model, idx = build(dropout=0.5).train(), ids(1, 4)
     first = model.generate(idx, 8, temperature=0)
@@ -223,13 +238,13 @@ def test_weight_decay_groups():
 
 
 def test_flops_are_what_torch_counts():
-    model, idx = build(n_head=3, n_sense=4), ids(1, 16)
+    model, idx = build(n_head=3, n_sense=4), torch.arange(16)[None]  # all different: no weights are added up
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(idx)
     c = model.config  # torch counts all pairs of positions
     pairs = 2 * c.n_layer * c.n_embd + c.n_sense * (c.n_embd // c.n_sense + c.n_embd)
     want = counter.get_total_flops() / 16 - 2 * pairs * (16 - 8.5)
-    assert flops_per_token(model, len(idx.unique()) / 16) / 3 == pytest.approx(want, rel=1e-9)
+    assert sum(flops_per_token(model, 1.0).values()) / 3 == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_sense": 0}, {"grad_checkpoint": True}])
@@ -240,9 +255,9 @@ def test_memory_need_is_what_autograd_keeps(changes):
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t
         return t
-    distinct = torch.zeros(5, dtype=torch.long), idx
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(idx, idx, distinct=distinct)
+        C = model.senses(torch.zeros(5, dtype=torch.long)) if config.n_sense else None
+        model(idx, idx, senses=(C, idx))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     n, states, activations = memory_need(config, 3, torch.float32, 5)
     assert (n, states) == (model.num_params(), 16 * model.num_params())
@@ -292,40 +307,6 @@ def test_targets_of_minus_100_do_not_count():
     assert torch.allclose(model(idx, y)[1], F.cross_entropy(model(idx)[0][0, :3], y[0, :3]))
 
 
-def dense_sum(q, k, senses, where):
-    """What WeightedSum computes, as the paper writes it: (B,K,T,T) weights, a (B,K,T,D) product, a sum over senses."""
-    T = q.size(2)
-    scores = (q @ k.transpose(2, 3)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-    return (scores.softmax(-1) @ senses[where].unflatten(-1, (q.size(1), -1)).transpose(1, 2)).sum(1)
-
-
-@pytest.mark.parametrize("B, K, T, d, D, U", [(2, 3, 150, 5, 7, 20), (3, 1, 64, 8, 8, 1), (1, 4, 1, 2, 6, 1),
-                                              (5, 2, 65, 3, 4, 325), (1, 16, 129, 2, 3, 30)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_the_sum_by_blocks_is_the_dense_sum(B, K, T, d, D, U, dtype, tolerance):
-    torch.manual_seed(0)
-    where = torch.arange(B * T).view(B, T) if U == B * T else torch.randint(U, (B, T))
-    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((B, K, T, d), (B, K, T, d), (U, K * D))]
-    do, results = torch.randn(B, T, D, dtype=torch.float64), []
-    for function, kind in ((dense_sum, torch.float64), (WeightedSum.apply, dtype)):
-        leaves = [x.to(kind, copy=True).requires_grad_() for x in inputs]
-        o = function(*leaves, where)
-        o.backward(do.to(kind))
-        results.append([o, *(x.grad for x in leaves)])
-    for want, got in zip(*results):
-        assert (got - want).abs().max() <= tolerance * max(1, want.abs().max())  # some gradients are 0
-
-
-def test_groups_of_sequences_change_nothing(monkeypatch):
-    """With long sequences or wide senses a group has fewer sequences, here 4 and 1."""
-    torch.manual_seed(0)
-    q, k, senses = torch.randn(5, 2, 8, 3), torch.randn(5, 2, 8, 3), torch.randn(9, 2**17)
-    where = torch.randint(9, (5, 8))
-    lengths = [len(C) for _, C, _ in WeightedSum.groups(q, k, senses, where)]
-    assert lengths == [4, 1]
-    assert torch.allclose(WeightedSum.apply(q, k, senses, where), dense_sum(q, k, senses, where), atol=1e-5)
-
-
 def test_loss_in_chunks_is_the_loss_of_whole_logits():
     model, idx = build(vocab_size=1234).double(), ids(2, 16, n=1234)
     y = idx.roll(-1, 1).clone()
@@ -338,25 +319,23 @@ def test_loss_in_chunks_is_the_loss_of_whole_logits():
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(*results))
 
 
-def test_what_the_loader_knows_changes_nothing():
+def test_senses_at_hand_change_nothing():
     model, idx = build(), ids(2, 9)
     distinct, where = idx.unique(return_inverse=True)
-    padded = torch.cat((distinct, distinct[:3])), where  # rows that stand nowhere
-    assert torch.equal(model(idx, idx)[1], model(idx, idx, distinct=padded)[1])
+    padded = model.senses(torch.cat((distinct, distinct[:3]))), where  # rows that stand nowhere
+    assert torch.equal(model(idx, idx)[1], model(idx, idx, senses=padded)[1])
+    mask = torch.ones_like(idx)
+    assert torch.allclose(model(idx, attention_mask=mask)[0], model(idx, attention_mask=mask, senses=padded)[0])
 
 
-def test_dropout_has_one_mask_for_each_distinct_token():
+def test_dropout_has_one_mask_for_each_distinct_token(monkeypatch):
     """With every branch but the last MLP's input cut out, equal tokens have equal senses, and others don't."""
     model = build(dropout=0.5).train()
     table = model.senses(torch.tensor([4, 4, 7]))
     assert not torch.equal(table[0], table[1])  # separate rows: separate masks
     seen = []
-    apply = WeightedSum.apply
-    try:
-        WeightedSum.apply = lambda q, k, senses, where: seen.append((senses, where)) or apply(q, k, senses, where)
-        model(torch.tensor([[4, 7, 4, 4, 9]]))
-    finally:
-        WeightedSum.apply = apply
+    monkeypatch.setattr(model_file, "weighted_sum", lambda *args: seen.append(args[2:]) or weighted_sum(*args))
+    model(torch.tensor([[4, 7, 4, 4, 9]]))
     senses, where = seen[0]
     assert senses.shape == (3, 3 * 24) and where.tolist() == [[0, 1, 0, 0, 2]]
 
@@ -366,13 +345,13 @@ def test_compile_has_no_graph_break_and_does_not_compile_again():
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    step = torch.compile(lambda idx, distinct: model._output(idx, distinct=distinct), fullgraph=True,
-                         backend="aot_eager")
+    step = torch.compile(lambda idx, senses: model._output(idx, senses=senses), fullgraph=True, backend="aot_eager")
     for seed in range(4):
         idx = ids(2, 16, seed=seed)
         distinct, where = idx.unique(return_inverse=True)
-        torch._dynamo.mark_dynamic(distinct, 0)
-        o = step(idx, (distinct, where))
+        C = model.senses(distinct)
+        torch._dynamo.mark_dynamic(C, 0)
+        o = step(idx, (C, where))
         assert torch.allclose(o, model._output(idx), atol=1e-5)
         o.sum().backward()
     assert len({len(ids(2, 16, seed=seed).unique()) for seed in range(4)}) > 1

@@ -20,19 +20,19 @@ def printed(capsys, *args):
     return [part.split("\n", 1)[1].removesuffix("\n") for part in parts]
 
 
-def test_samples_are_the_models(run_train, capsys):
-    """Printed piece by piece: the text of generate() with a generator of seed + i, whatever the number of samples."""
+@pytest.mark.parametrize("table", ["4", "0"])
+def test_samples_are_the_models(run_train, capsys, table):
+    """The text of generate() with one generator for all batches, with a sense table and without; the first is printed
+    piece by piece."""
     out = run_train()
-    how = f"--out_dir={out}", "--start=document 1", "--temperature=0.9", "--top_k=9"
-    three = printed(capsys, *how, "--num_samples=3")
+    how = f"--out_dir={out}", "--start=document 1", "--temperature=0.9", "--top_k=9", f"--sense_table_gb={table}"
+    three = printed(capsys, *how, "--num_samples=3", "--batch_size=2")
     model, meta = Backpack.from_checkpoint(out), json.loads((out / "meta.json").read_text())
-    tokenizer = load_tokenizer(meta["tokenizer"])
+    tokenizer, generator = load_tokenizer(meta["tokenizer"]), torch.Generator().manual_seed(1337)
     idx = torch.tensor(tokenizer.encode("document 1"))[None]
-    for i, text in enumerate(three):
-        ids = model.generate(idx, 30, temperature=0.9, top_k=9, generator=torch.Generator().manual_seed(1337 + i))
-        assert text == tokenizer.decode(ids[0].tolist())
-    assert len(set(three)) == 3
-    assert printed(capsys, *how, "--num_samples=2") == three[:2]
+    rows = [*model.generate(idx.repeat(2, 1), 30, temperature=0.9, top_k=9, generator=generator),
+            *model.generate(idx, 30, temperature=0.9, top_k=9, generator=generator)]
+    assert three == [tokenizer.decode(row.tolist()) for row in rows] and len(set(three)) == 3
     assert printed(capsys, *how, "--num_samples=1", "--seed=1") != three[:1]
 
 
@@ -75,7 +75,8 @@ def test_16_bits(run_train, capsys):
     (["--start=FILE:bad.txt"], "bad.txt is not UTF-8: byte 2"),
     (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
     (["--top_k=0", "--top_p=2"], "top_k=0 must be at least 1; top_p=2.0 must be in (0, 1]"),
-    (["--num_samples=0"], "num_samples=0 must be"),
+    (["--num_samples=0"], "num_samples=0 must be"), (["--batch_size=0"], "batch_size=0 must be at least 1"),
+    (["--sense_table_gb=-1"], "sense_table_gb=-1.0 must be"),
     (["--device=cuda:99"], "device='cuda:99': this machine has no such device"),
     (["--strat=x"], "did you mean 'start'"), (["--out_dir=nowhere"], "no checkpoint at nowhere")])
 def test_bad_settings(run_train, tmp_path, monkeypatch, args, message):
