@@ -157,7 +157,7 @@ def generation(s, made):
     def recomputed(model):
         first = 0 if isinstance(model, Dense) else -1  # the logits of all positions, or of the last
         with amp:
-            return [seconds(device, lambda t=t: model._logits(model._output(x[:, :t])[:, first:]).argmax(-1))
+            return [seconds(device, lambda t=t: model._logits(model._output(x[:, :t])[0][:, first:]).argmax(-1))
                     for t in np.linspace(T // 8, T - 1, 16).astype(int)]
     variants = {"backpack": partial(cached, model, tables[0]), "senses token by token": partial(cached, model),
                 "transformer": partial(cached, made["transformer"].model)}

@@ -9,6 +9,7 @@ Letters in shape comments: B batch, T positions, S key positions (T and what is 
 K = n_sense, d = width of query and key per sense, V = vocab_size.
 """
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -214,12 +215,13 @@ class Backpack(nn.Module):
         return alpha @ C.unflatten(-1, (q.size(1), -1)).flatten(1, 2)                              # (B,T,D)
 
     def _output(self, idx, attention_mask=None, cache=None, senses=None):
-        """idx (B,T) -> o (B,T,D), which the logits are linear in; cache, where given, holds the positions before."""
+        """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's own output, both (B,T,D); the same
+        without senses. cache, where given, holds the positions before."""
         h, mask = self._hidden(idx, attention_mask, cache)
         o = self._run(self._sum, h, idx, mask, cache, senses) if self.config.n_sense else h
         if cache is not None:
             cache.past += idx.size(1)
-        return o
+        return o, h
 
     def _run(self, function, *args):
         if self.config.grad_checkpoint and self.training:
@@ -240,16 +242,24 @@ class Backpack(nn.Module):
         chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(E) > E.size(1) else None
         return F.linear_cross_entropy(o.flatten(0, 1), E, targets.flatten(), options=chunks)
 
-    def forward(self, idx, targets=None, attention_mask=None, senses=None):
+    def forward(self, idx, targets=None, attention_mask=None, senses=None, transformer_share=None):
         """Next-token logits, or their loss.
 
         idx (B,T) token ids; targets (B,T) the token that follows each, -100 where none counts; attention_mask (B,T)
         0 at (left) padding. Returns (logits (B,T,V), None) without targets, else (None, mean cross-entropy in nats).
         senses: (C (U,K,D), where (B,T)), sense vectors at hand and which of them stands where. None: they are computed
-        here, once for each distinct token, so dropout has one mask for it. ValueError for more than block_size tokens.
+        here, once for each distinct token, so dropout has one mask for it. transformer_share: m, a tensor (): the loss
+        is (1 - m) of o's and m of the one that the Transformer would have alone, with logits E h_i: it teaches the
+        Transformer directly, where o's gradient reaches it through alpha only. ValueError for more than block_size
+        tokens.
         """
-        o = self._output(idx, attention_mask, senses=senses)                                       # (B,T,D)
-        return (self._logits(o), None) if targets is None else (None, self._loss(o, targets))
+        o, h = self._output(idx, attention_mask, senses=senses)                                    # (B,T,D)
+        if targets is None:
+            return self._logits(o), None
+        loss = self._loss(o, targets)
+        if transformer_share is not None:
+            loss = (1 - transformer_share) * loss + transformer_share * self._loss(h, targets)
+        return None, loss
 
     @torch.no_grad()
     def sense_table(self, max_bytes=4e9):
@@ -277,7 +287,7 @@ class Backpack(nn.Module):
                 new = idx[:, start + cache.past :]                                                 # (B,T) or (B,1)
                 mask = attention_mask[:, start : idx.size(1)] if attention_mask is not None else None
                 senses = (sense_table, new) if sense_table is not None else None
-                logits = self._logits(self._output(new, mask, cache, senses)[:, -1])               # (B,V)
+                logits = self._logits(self._output(new, mask, cache, senses)[0][:, -1])            # (B,V)
                 yield (token := sample_token(logits, temperature, top_k, top_p, generator))        # (B,1)
                 idx = torch.cat((idx, token), 1)
         finally:
@@ -353,3 +363,18 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
         raise CheckpointError(f"{path} is no checkpoint of train.py: it has not the keys model, config, step, meta")
     return ckpt
+
+
+def save_checkpoint(path, value):
+    """Write to a temporary name, sync, rename: at any moment path holds a whole checkpoint. Raises CheckpointError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"could not save {path} ({str(error).splitlines()[0]}): the one before it is whole; "
+                              "make room and go on with --init_from=resume") from None

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batches import load_data, take
 from configurator import UserError, configure, describe, run
 from devices import autocast, flops_per_token, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
-from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
+from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint, save_checkpoint
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Settings(BackpackConfig):
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0           # largest norm of the gradient; 0: any
+    transformer_share: float = 0.0   # of the Transformer's own loss in training's, falling linearly to 0 (ours)
     eval_interval: int = 1000        # steps between evaluations, each with a checkpoint
     eval_iters: int = 4              # evaluate on this many times tokens_per_step, evenly spaced over val.bin
     full_val: bool = False           # evaluate on all of val.bin, in disjoint windows
@@ -108,6 +109,8 @@ def problems_with(s, data, meta, ckpt, world):
                         f"sequences that tokens_per_step={s.tokens_per_step} gives a rank")
     positive = ("max_iters", "eval_interval", "eval_iters", "log_interval", "learning_rate")
     problems += [f"{key}={getattr(s, key)} must be more than 0" for key in positive if getattr(s, key) <= 0]
+    if not 0 <= s.transformer_share <= 1:
+        problems.append(f"transformer_share={s.transformer_share} must be from 0 to 1")
     if s.schedule not in ("linear", "cosine"):
         problems.append(f"schedule={s.schedule!r}: expected linear or cosine")
     if s.wandb and not importlib.util.find_spec("wandb"):
@@ -124,7 +127,12 @@ def learning_rate(s, step):
     return s.min_lr + share * (s.learning_rate - s.min_lr)
 
 
-def accumulate(net, model, x, y, distinct, amp, scale=lambda loss: loss, last=True):
+def transformer_share(s, step):
+    """The part of the Transformer's own loss in a step's loss, a tensor (); None: no part."""
+    return torch.tensor(s.transformer_share * (1 - step / s.max_iters)) if s.transformer_share and s.n_sense else None
+
+
+def accumulate(net, model, x, y, distinct, amp, scale=lambda loss: loss, last=True, transformer_share=None):
     """Backward through micro-batches x, y (n,B,T), their senses computed once; returns the sum of their losses.
 
     net: the model or what wraps it; distinct: (ids (U,), where (n,B,T)) of x, None for a Transformer; last: the step
@@ -144,25 +152,10 @@ def accumulate(net, model, x, y, distinct, amp, scale=lambda loss: loss, last=Tr
         if isinstance(net, DistributedDataParallel):
             net.require_backward_grad_sync = end and last  # as DDP's no_sync(): gradients meet once a step
         with amp:
-            loss = net(x[i], y[i], senses=senses)[1]
+            loss = net(x[i], y[i], senses=senses, transformer_share=transformer_share)[1]
         scale(loss).backward()
         total += loss.detach()
     return total
-
-
-def save(path, value):
-    """Write a checkpoint to a temporary name, sync, rename: at any moment path holds a whole one. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"could not save {path} ({str(error).splitlines()[0]}): the one before it is whole; make room "
-                        f"and go on with --init_from=resume") from None
 
 
 def cut_metrics(path, step):
@@ -236,12 +229,12 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     sequences = s.tokens_per_step // s.block_size // world  # a rank's part of a step
     B = min(s.batch_size, sequences)
     accum = sequences // B
-    share = 1 if s.dropout else accum  # micro-steps that share senses: dropout wants a new mask in each
+    together = 1 if s.dropout else accum  # micro-steps with the same senses: dropout wants a new mask in each
 
     # ---- model, optimizer
-    probe = np.linspace(0, len(train_data) - s.block_size - 1, share * B).astype(int)  # from all over the text
-    x, y, distinct, _ = take(train_data, probe.reshape(share, B), s, device)
-    n, states, kept = memory_need(config, B, dtype, len(distinct[0]), share > 1)
+    probe = np.linspace(0, len(train_data) - s.block_size - 1, together * B).astype(int)  # from all over the text
+    x, y, distinct, _ = take(train_data, probe.reshape(together, B), s, device)
+    n, states, kept = memory_need(config, B, dtype, len(distinct[0]), together > 1)
     say(f"{n:,} parameters: {states / 1e9:.2f} GB with gradients and AdamW, and about {kept / 1e9:.2f} GB for a "
         f"micro-batch of {B} x {s.block_size} tokens\n{world} ranks x {accum} micro-steps on {device} in {dtype}")
     torch.manual_seed(s.seed)
@@ -261,7 +254,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     if s.compile or (s.compile is None and device.type == "cuda"):
         try:  # it compiles at the first call
             net = torch.compile(model)
-            accumulate(net, model, x[:2], y[:2], distinct if s.n_sense else None, autocast(device, dtype))
+            accumulate(net, model, x[:2], y[:2], distinct if s.n_sense else None, autocast(device, dtype),
+                       transformer_share=transformer_share(s, step))
         except Exception as error:  # no C compiler, an old GPU, ...: whatever it is, training works without
             say(f"training without torch.compile, which fails here: {type(error).__name__}: {str(error)[:200]!r}")
             net = model
@@ -324,10 +318,10 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
 
     def checkpoint(name="ckpt.pt"):
         if master:
-            save(out / name, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                              "scaler": scaler.state_dict(), "config": vars(s), "step": step, "meta": meta,
-                              "rng": {"seed": s.seed, "step": step},  # batches and dropout are functions of these
-                              "best": best, "wandb_id": wandb_id})
+            save_checkpoint(out / name, {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "config": vars(s), "step": step, "meta": meta, "best": best, "wandb_id": wandb_id,
+                "rng": {"seed": s.seed, "step": step}})  # batches and dropout are functions of these
 
     stop = []
 
@@ -362,10 +356,11 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, step)
         total = 0.0
-        for first in range(0, accum, share):
-            x, y, distinct, _ = take(train_data, starts[first : first + share, rank], s, device)
+        for first in range(0, accum, together):
+            x, y, distinct, _ = take(train_data, starts[first : first + together, rank], s, device)
             total += accumulate(ddp, model, x, y, distinct if s.n_sense else None, autocast(device, dtype),
-                                lambda loss: scaler.scale(loss / accum), first + share == accum)
+                                lambda loss: scaler.scale(loss / accum), first + together == accum,
+                                transformer_share(s, step))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
         # one wait for the device a step: the exact mean over micro-steps and ranks; and was any rank told to stop?

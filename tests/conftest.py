@@ -17,7 +17,8 @@ import train  # noqa: E402
 
 TINY = ["--block_size=8", "--n_layer=2", "--n_head=2", "--n_embd=16", "--n_sense=4", "--init_std=0.2",
         "--tokens_per_step=64", "--batch_size=8", "--max_iters=12", "--warmup_iters=2", "--learning_rate=1e-2",
-        "--eval_interval=4", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--seed=5"]
+        "--eval_interval=4", "--eval_iters=2", "--log_interval=1", "--device=cpu", "--seed=5",
+        "--transformer_share=0.4"]
 
 
 def lines(n, start=0):

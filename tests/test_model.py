@@ -319,6 +319,21 @@ def test_loss_in_chunks_is_the_loss_of_whole_logits():
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(*results))
 
 
+def test_transformer_share_mixes_in_the_loss_of_the_transformer_alone():
+    model, idx = build().double(), ids(2, 9)
+    alone = build(n_sense=0).double()
+    alone.load_state_dict({key: value for key, value in model.state_dict().items() if "sense" not in key})
+    own, its = model(idx, idx.roll(-1))[1], alone(idx, idx.roll(-1))[1]
+    assert abs(own - its) > 0.01
+    mixed = model(idx, idx.roll(-1), transformer_share=torch.tensor(0.3))[1]
+    assert abs(mixed - (0.7 * own + 0.3 * its)) < 1e-7
+    model(idx, idx.roll(-1), transformer_share=torch.tensor(1.0))[1].backward()  # its gradients, else none
+    its.backward()
+    grads = {name: p.grad for name, p in alone.named_parameters()}
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, grads[name]) if name in grads else not p.grad.any(), name
+
+
 def test_senses_at_hand_change_nothing():
     model, idx = build(), ids(2, 9)
     distinct, where = idx.unique(return_inverse=True)
@@ -345,14 +360,14 @@ def test_compile_has_no_graph_break_and_does_not_compile_again():
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    step = torch.compile(lambda idx, senses: model._output(idx, senses=senses), fullgraph=True, backend="aot_eager")
+    step = torch.compile(lambda idx, senses: model._output(idx, senses=senses)[0], fullgraph=True, backend="aot_eager")
     for seed in range(4):
         idx = ids(2, 16, seed=seed)
         distinct, where = idx.unique(return_inverse=True)
         C = model.senses(distinct)
         torch._dynamo.mark_dynamic(C, 0)
         o = step(idx, (C, where))
-        assert torch.allclose(o, model._output(idx), atol=1e-5)
+        assert torch.allclose(o, model._output(idx)[0], atol=1e-5)
         o.sum().backward()
     assert len({len(ids(2, 16, seed=seed).unique()) for seed in range(4)}) > 1
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
