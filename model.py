@@ -329,7 +329,7 @@ class Backpack(nn.Module):
             model.load_state_dict(ckpt["model"], assign=True)
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint's weights don't fit its config: {str(error)[:200]!r}") from None
-        return model.to(device).eval()
+        return model.to(device, torch.float32).eval()
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -363,6 +363,12 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
         raise CheckpointError(f"{path} is no checkpoint of train.py: it has not the keys model, config, step, meta")
     return ckpt
+
+
+def weights_only(ckpt, dtype=torch.float16):
+    """What sampling and finetuning need of a checkpoint, small enough to share: half precision, no optimizer."""
+    return {key: ckpt[key] for key in ("config", "step", "meta")} | {
+        "model": {name: p.to(dtype) for name, p in ckpt["model"].items()}}
 
 
 def save_checkpoint(path, value):

@@ -29,7 +29,7 @@ from tokenizer import KINDS, UNKNOWN, load_tokenizer, train_bpe
 
 @dataclass
 class Settings:
-    dataset: str = "shakespeare_char"  # or shakespeare, tinyshakespeare_char, openwebtext, fineweb_edu, a new name
+    dataset: str = "shakespeare_char"  # or shakespeare, tinyshakespeare_char, simplewiki, openwebtext, fineweb_edu, ...
     input: str | None = None         # own text: files and folders, comma-separated; of a built-in: a local copy
     tokenizer: str | None = None     # char, gpt2, bpe (learned) or a dataset's folder; None: built-in's, or gpt2
     vocab_size: int | None = None    # of a bpe; None: the built-in's, 8192 for own text

@@ -92,6 +92,8 @@ def problems_with(s, data, meta, ckpt, world):
         if (top := max(int(part[:10**8].max()) for part in data)) >= s.vocab_size:  # take() checks what lies further on
             problems.append(f"{s.dataset} has token id {top}, outside a vocabulary of {s.vocab_size}")
     if ckpt:
+        if s.init_from == "resume" and "optimizer" not in ckpt and not s.eval_only:
+            problems.append(f"{out} has weights only: finetune them with --init_from={out} and another --out_dir")
         problems += [f"{key}={getattr(s, key)}, but the checkpoint has {ckpt['config'][key]}" for key in MODEL_KEYS
                      if key not in FREE_KEYS and key in ckpt["config"] and getattr(s, key) != ckpt["config"][key]]
         if meta and meta["tokenizer"] != ckpt["meta"]["tokenizer"]:
@@ -243,11 +245,11 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     optimizer = torch.optim.AdamW(model.param_groups(s.weight_decay), s.learning_rate, (s.beta1, s.beta2),
                                   fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best, wandb_id = 0, math.inf, None
-    if s.init_from == "resume":
+    step, best, wandb_id = ckpt["step"] if s.init_from == "resume" else 0, math.inf, None
+    if s.init_from == "resume" and not s.eval_only:
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
-        step, best, wandb_id = ckpt["step"], ckpt["best"], ckpt["wandb_id"]
+        best, wandb_id = ckpt["best"], ckpt["wandb_id"]
     del ckpt
 
     net = model

@@ -224,6 +224,13 @@ def test_hub_datasets_from_local_files(tmp_path, name):
         assert list(source(skip=skip)) == whole[skip:]
 
 
+def test_a_hub_dataset_takes_a_text_file(tmp_path):
+    docs = lines(400)
+    train, val, meta = prepare(tmp_path, dataset="simplewiki", vocab_size=300, input=write(tmp_path / "w.txt.xz",
+                               lzma.compress("\n\n".join(docs).encode())))
+    assert documents(train, val) == sorted(docs) and meta["tokenizer"]["kind"] == "bpe" and meta["vocab_size"] == 300
+
+
 def test_a_dataset_may_take_the_tokenizer_of_another(tmp_path, data_dir):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90, start=1000)))
     _, _, meta = prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=data_dir / "tiny", val_fraction=0.2)
@@ -292,6 +299,6 @@ def test_another_dataset_of_that_name_stays(tmp_path):
                                            ("datasets", {"dataset": "openwebtext"})])
 def test_missing_optional_packages_are_named(tmp_path, monkeypatch, package, keys):
     monkeypatch.setitem(sys.modules, package, None)
-    name = "t.txt.zst" if package == "zstandard" else "t.txt"
+    name = {"zstandard": "t.txt.zst", "datasets": "t"}.get(package, "t.txt")
     with pytest.raises(UserError, match=f"{package!r}: pip install -r requirements-extra.txt"):
         prepare(tmp_path, input=write(tmp_path / name, "a\n\nb"), **keys)

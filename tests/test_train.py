@@ -303,6 +303,23 @@ def test_finetuning_starts_from_the_other_runs_weights(run_train, capsys):
     assert same(load_checkpoint(from_file)["model"], ckpt["model"])
 
 
+def test_weights_alone_evaluate_and_finetune_but_do_not_resume(run_train, tmp_path, capsys):
+    out, small = run_train(), tmp_path / "small"
+    small.mkdir()
+    model_file.save_checkpoint(small / "ckpt.pt", model_file.weights_only(load_checkpoint(out)))
+    assert (small / "ckpt.pt").stat().st_size < 0.3 * (out / "ckpt.pt").stat().st_size
+    whole, half = Backpack.from_checkpoint(out), Backpack.from_checkpoint(small)
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    idx = torch.arange(8)[None]
+    assert torch.allclose(whole(idx)[0], half(idx)[0], atol=0.02)
+    capsys.readouterr()
+    run_train("--init_from=resume", "--eval_only=True", out="small")
+    assert "step 12: val loss" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has weights only: finetune them with --init_from=.*small"):
+        run_train("--init_from=resume", "--max_iters=20", out="small")
+    assert load_checkpoint(run_train(f"--init_from={small}", out="tuned"))["step"] == 12
+
+
 def test_a_non_finite_loss_stops_before_the_update(run_train, tmp_path):
     with pytest.raises(UserError, match=r"step \d+: loss nan|step \d+: loss inf|gradient norm (nan|inf)") as error:
         run_train("--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0", "--eval_interval=1")
