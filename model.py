@@ -373,8 +373,10 @@ def weights_only(ckpt, dtype=torch.float16):
 
 def save_checkpoint(path, value):
     """Write to a temporary name, sync, rename: at any moment path holds a whole checkpoint. Raises CheckpointError."""
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(value, file)
             file.flush()

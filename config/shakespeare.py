@@ -8,8 +8,9 @@ dataset = "shakespeare"
 
 block_size = 64
 n_layer, n_head, n_embd, n_sense = 4, 4, 128, 16
-n_qk = 32        # the paper's n_embd / n_sense = 8 is narrow at this width
-init_std = 0.08  # about n_embd ** -0.5
+n_qk = 32                 # the paper's n_embd / n_sense = 8 is narrow at this width
+init_std = 0.08           # about n_embd ** -0.5
+transformer_share = 0.75  # docs/small_runs.md
 
 tokens_per_step = 24 * 64
 batch_size = 24

@@ -7,8 +7,9 @@ dataset = "shakespeare_char"
 
 block_size = 64
 n_layer, n_head, n_embd, n_sense = 4, 4, 128, 16
-n_qk = 32        # the paper's n_embd / n_sense = 8 is narrow at this width
-init_std = 0.08  # about n_embd ** -0.5
+n_qk = 32                 # the paper's n_embd / n_sense = 8 is narrow at this width
+init_std = 0.08           # about n_embd ** -0.5
+transformer_share = 0.75  # else the Transformer inside collapses: docs/small_runs.md
 
 tokens_per_step = 12 * 64
 batch_size = 12

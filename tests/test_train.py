@@ -305,7 +305,6 @@ def test_finetuning_starts_from_the_other_runs_weights(run_train, capsys):
 
 def test_weights_alone_evaluate_and_finetune_but_do_not_resume(run_train, tmp_path, capsys):
     out, small = run_train(), tmp_path / "small"
-    small.mkdir()
     model_file.save_checkpoint(small / "ckpt.pt", model_file.weights_only(load_checkpoint(out)))
     assert (small / "ckpt.pt").stat().st_size < 0.3 * (out / "ckpt.pt").stat().st_size
     whole, half = Backpack.from_checkpoint(out), Backpack.from_checkpoint(small)

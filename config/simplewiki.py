@@ -1,0 +1,22 @@
+# A Backpack on Simple English Wikipedia, with a byte-level BPE of 8,192 tokens learned from it.
+
+out_dir = "out/simplewiki"
+dataset = "simplewiki"
+
+block_size = 128
+n_layer, n_head, n_embd, n_sense = 4, 6, 192, 16
+n_qk = 32
+sense_mlp_ratio = 1       # with 4 the sense network would have half of all parameters
+init_std = 0.07           # about n_embd ** -0.5
+transformer_share = 0.75  # docs/small_runs.md
+
+tokens_per_step = 32 * 128
+batch_size = 32
+max_iters = 10000
+learning_rate, min_lr, schedule = 2e-3, 2e-4, "cosine"
+warmup_iters = 200
+beta2 = 0.99
+
+eval_interval = 250
+eval_iters = 8
+log_interval = 50
