@@ -112,6 +112,18 @@ def test_tokenizers_round_trip(kind):
         assert tokenizer.decode([tokenizer.end]) == "<|endoftext|>"
 
 
+def test_a_learned_bpe_gives_the_ids_of_the_library_that_learned_it():
+    from tokenizers import Tokenizer
+    spec, random = train_bpe(lines(500), 700), np.random.default_rng(0)
+    ours, theirs = load_tokenizer(spec), Tokenizer.from_str(json.dumps(spec["model"]))
+    theirs.encode_special_tokens = True
+    texts = [*STRANGE, *lines(100)] + ["".join(random.choice([*"abeht '\n0.\u0301\u4e00\x85\xa0\U0001f600"], 20))
+                                       for _ in range(500)]
+    for text in texts:
+        assert ours.encode(text).tolist() == theirs.encode(text).ids
+    assert ours.vocab_size == theirs.get_vocab_size() == 700
+
+
 def test_gpt2_ids():
     tokenizer = load_tokenizer({"kind": "gpt2"})
     assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.end == 50256
