@@ -9,15 +9,14 @@ Letters in shape comments: B batch, T positions, S key positions (T and what is 
 K = n_sense, d = width of query and key per sense, V = vocab_size.
 """
 import math
-import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from checkpoints import CheckpointError, load_checkpoint
 from weighted_sum import weighted_sum
 
 
@@ -135,10 +134,47 @@ class SenseNetwork(nn.Module):
         return self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))                        # (...,K,D)
 
 
+class Edits:
+    """Changes of senses that leave the weights of the model alone (section 6 of the paper); edits.py makes them.
+
+    Sense vectors: C'(x)_l = scale C(x)_l + offset, with row (V,): which of scale (n,K) and offset (n,K,D) is a token's;
+    row 0 is for tokens that stay as they are. Topics: [(w (V,K), f)]; each multiplies alpha[l,i,j] by b w[x_j,l] + 1-b.
+    The annealing b falls as the text up to i says what sense l of x_j would say (appendix D, as in the authors' code):
+
+        a = sum over t <= i of relu(E_{x_t} . C'(x_j)_l)        b = sigmoid(6 - f a) (1 + j/100)
+    """
+
+    def __init__(self, row, scale, offset, topics=()):
+        self.row, self.scale, self.offset, self.topics = row, scale, offset, topics
+
+    def senses(self, ids, C):
+        """ids (...) and their C (...,K,D) -> C' (...,K,D)."""
+        row = self.row[ids]                                                                        # (...)
+        return (self.scale[row][..., None] * C + self.offset[row]).to(C.dtype)
+
+    def topic_weights(self, wte, idx, C, mask=None, cache=None):
+        """What topics multiply alpha by, (B,K,T,S): of queries idx (B,T) and keys with senses C (B,K,S,D)."""
+        T, S, total = idx.size(1), C.size(2), 1.0
+        ids = idx if cache is None else cache.extend("ids", idx[:, None, :, None])[:, 0, :, 0]     # (B,S)
+        there = torch.ones_like(ids) if mask is None else mask[:, 0, -1]                           # (B,S), 0 at padding
+        e = (wte(ids) * there[..., None])[:, None].to(C.dtype)                                     # (B,1,S,D)
+        said = (e[:, :, S - T :] @ C.mT).relu().cumsum(2)                                          # (B,K,T,S)
+        if cache is not None:
+            new = (e[:, :, : S - T] @ C[:, :, S - T :].mT).relu().sum(2)                           # (B,K,T)
+            before = cache.extend("said", new[..., None])[..., 0]                                  # (B,K,S)
+            said = said + before[:, :, None]
+            before.copy_(said[:, :, -1])
+        late = 1 + (there.cumsum(1) - 1).to(C.dtype) / 100                                         # (B,S)
+        for w, f in self.topics:
+            b = torch.sigmoid(6 - f * said) * late[:, None, None]                                  # (B,K,T,S)
+            total = total * (b * w[ids].mT[:, :, None] + 1 - b)
+        return total
+
+
 class Backpack(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.edits = config, None  # edits: an Edits, or None
         D = config.n_embd
         self.wte = nn.Embedding(-(-config.vocab_size // 8) * 8, D)  # E: Transformer input, sense input and LM head
         self.wpe = nn.Embedding(config.block_size, D)
@@ -163,13 +199,17 @@ class Backpack(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if "proj" in name else std)
 
     def senses(self, ids):
-        """ids, any shape (...) -> C(ids) (..., K, D): the sense vectors of tokens."""
-        return self._run(self.sense_network, self.wte(ids))
+        """ids, any shape (...) -> C(ids) (..., K, D): the sense vectors of tokens, as self.edits leaves them."""
+        C = self._run(self.sense_network, self.wte(ids))
+        return C if self.edits is None else self.edits.senses(ids, C)
 
     def contextualization(self, idx, attention_mask=None):
-        """idx (B,T) -> alpha (B,K,T,T), non-negative, lower-triangular, rows sum to 1 (section 3.3)."""
+        """idx (B,T) -> alpha (B,K,T,T), lower-triangular, rows sum to 1 but for topics (section 3.3)."""
         h, mask = self._hidden(idx, attention_mask)
-        return self._alpha(*self._qk(h), mask)
+        alpha = self._alpha(*self._qk(h), mask)
+        if self.edits is not None and self.edits.topics:
+            alpha = alpha * self.edits.topic_weights(self.wte, idx, self.senses(idx).transpose(1, 2), mask)
+        return alpha
 
     def _hidden(self, idx, attention_mask=None, cache=None):
         """The Transformer: idx (B,T) -> h (B,T,D), and mask: (B,1,T,S), True where a query may look at a key, or None
@@ -206,13 +246,16 @@ class Backpack(nn.Module):
             ids, where = idx.unique(return_inverse=True)                                           # (U,), (B,T)
             senses = self.senses(ids), where
         C, where = senses[0].flatten(1), senses[1]                                                 # (U,K*D), (B,T)
-        if mask is None and cache is None:
+        topics = self.edits is not None and self.edits.topics
+        if mask is None and cache is None and not topics:
             return weighted_sum(q, k, C, where)
         C = F.embedding(where, C)                                                                  # (B,T,K*D)
         if cache is not None:
             k, C = cache.extend("sense key", k), cache.extend("sense", C[:, None])[:, 0]     # (B,K,S,d), (B,S,K*D)
-        alpha = self._alpha(q, k, mask).permute(0, 2, 3, 1).flatten(2)                             # (B,T,S*K)
-        return alpha @ C.unflatten(-1, (q.size(1), -1)).flatten(1, 2)                              # (B,T,D)
+        C, alpha = C.unflatten(-1, (q.size(1), -1)), self._alpha(q, k, mask)                 # (B,S,K,D), (B,K,T,S)
+        if topics:
+            alpha = alpha * self.edits.topic_weights(self.wte, idx, C.transpose(1, 2), mask, cache)
+        return alpha.permute(0, 2, 3, 1).flatten(2) @ C.flatten(1, 2)                              # (B,T,D)
 
     def _output(self, idx, attention_mask=None, cache=None, senses=None):
         """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's own output, both (B,T,D); the same
@@ -345,44 +388,3 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         beyond = p.cumsum(-1) - p >= top_p                                                         # (B,V), sorted
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, cut short, of another shape or not ours; the text is one line for the user."""
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dict that train.py saved in a run folder or a file; nothing pickled is executed. Raises CheckpointError."""
-    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: give a run folder of train.py, or train one first")
-    try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load names no base class: zip, pickle and storage errors all come here
-        raise CheckpointError(f"{path} is truncated or no checkpoint of train.py: {str(error)[:200]!r}") from None
-    if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
-        raise CheckpointError(f"{path} is no checkpoint of train.py: it has not the keys model, config, step, meta")
-    return ckpt
-
-
-def weights_only(ckpt, dtype=torch.float16):
-    """What sampling and finetuning need of a checkpoint, small enough to share: half precision, no optimizer."""
-    return {key: ckpt[key] for key in ("config", "step", "meta")} | {
-        "model": {name: p.to(dtype) for name, p in ckpt["model"].items()}}
-
-
-def save_checkpoint(path, value):
-    """Write to a temporary name, sync, rename: at any moment path holds a whole checkpoint. Raises CheckpointError."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"could not save {path} ({str(error).splitlines()[0]}): the one before it is whole; "
-                              "make room and go on with --init_from=resume") from None

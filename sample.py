@@ -2,6 +2,7 @@
 
     python sample.py --out_dir=out/shakespeare_char
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3 --temperature=0.8
+    python sample.py --out_dir=out/simplewiki --start="The nurse said that" --edit="scale nurse 10 0"
 """
 import time
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import CheckpointError, load_checkpoint
 from configurator import UserError, configure, run
 from devices import autocast, pick_device, pick_dtype
-from model import Backpack, CheckpointError, load_checkpoint
+from edits import make_edits, parse, read_edits, summary
+from model import Backpack
 from tokenizer import load_tokenizer
 
 
@@ -25,6 +28,8 @@ class Settings:
     temperature: float = 0.8         # 1: as the model has it; lower: likelier tokens; 0: always the likeliest
     top_k: int | None = None         # draw from the k likeliest tokens only
     top_p: float | None = None       # draw from the likeliest tokens that together have this probability
+    edits: str | None = None         # a JSON file of edits of senses (edits.py); each sample without and with them
+    edit: str = ""                   # more of them: "scale nurse 10 0; swap MacBook: Apple -> HP; topic sports 2"
     sense_table_gb: float = 4.0      # senses of the whole vocabulary are computed in advance if they fit in this
     seed: int = 1337                 # the same settings and seed give the same text
     device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
@@ -59,27 +64,32 @@ def main(argv):
     ckpt = load_checkpoint(s.out_dir)
     model, tokenizer = Backpack.from_checkpoint(ckpt, device), load_tokenizer(ckpt["meta"]["tokenizer"])
     idx = torch.tensor(start_ids(s.start, tokenizer), device=device)[None]                         # (1,T)
-    began, text = time.perf_counter(), tokenizer.decode(idx[0].tolist()) if s.start else ""
-    generator = torch.Generator(device).manual_seed(s.seed)
-    steps = s.max_new_tokens * -(-s.num_samples // s.batch_size)
-    with autocast(device, dtype):
-        # one token's senses alone take as long as some 25 rows of the whole table (micro's shape on a CPU)
-        table = model.sense_table(s.sense_table_gb * 1e9) if model.config.vocab_size <= 25 * steps else None
-        for first in range(0, s.num_samples, s.batch_size):
-            batch = range(first, min(first + s.batch_size, s.num_samples))
-            tokens, pending = [], []  # a character may need several tokens: they wait until they make one
-            print(f"--- sample {first + 1} of {s.num_samples}\n{text}", end="", flush=True)
-            for token in model.stream(idx.repeat(len(batch), 1), s.max_new_tokens, s.temperature, s.top_k, s.top_p,
-                                      generator=generator, sense_table=table):                      # (B,1)
-                tokens.append(token)
-                pending.append(token[0].item())
-                if not (new := tokenizer.decode(pending)).endswith("\ufffd"):
-                    print(new, end="", flush=True)
-                    pending = []
-            print(tokenizer.decode(pending))
-            for i, row in zip(batch[1:], torch.cat(tokens, 1)[1:].tolist()):
-                print(f"--- sample {i + 1} of {s.num_samples}\n{text}{tokenizer.decode(row)}")
-    rate = s.num_samples * s.max_new_tokens / (time.perf_counter() - began)
+    text = tokenizer.decode(idx[0].tolist()) if s.start else ""
+    listed = (read_edits(s.edits) if s.edits else []) + parse(s.edit)
+    edits = make_edits(model, tokenizer, listed)
+    began, steps = time.perf_counter(), s.max_new_tokens * -(-s.num_samples // s.batch_size)
+    for model.edits in [None] if edits is None else [None, edits]:
+        if edits is not None:
+            print(f"=== with {summary(listed)}" if model.edits else "=== without edits")
+        generator = torch.Generator(device).manual_seed(s.seed)
+        with autocast(device, dtype):
+            # one token's senses alone take as long as some 25 rows of the whole table (micro's shape on a CPU)
+            table = model.sense_table(s.sense_table_gb * 1e9) if model.config.vocab_size <= 25 * steps else None
+            for first in range(0, s.num_samples, s.batch_size):
+                batch = range(first, min(first + s.batch_size, s.num_samples))
+                tokens, pending = [], []  # a character may need several tokens: they wait until they make one
+                print(f"--- sample {first + 1} of {s.num_samples}\n{text}", end="", flush=True)
+                for token in model.stream(idx.repeat(len(batch), 1), s.max_new_tokens, s.temperature, s.top_k, s.top_p,
+                                          generator=generator, sense_table=table):                  # (B,1)
+                    tokens.append(token)
+                    pending.append(token[0].item())
+                    if not (new := tokenizer.decode(pending)).endswith("\ufffd"):
+                        print(new, end="", flush=True)
+                        pending = []
+                print(tokenizer.decode(pending))
+                for i, row in zip(batch[1:], torch.cat(tokens, 1)[1:].tolist()):
+                    print(f"--- sample {i + 1} of {s.num_samples}\n{text}{tokenizer.decode(row)}")
+    rate = s.num_samples * s.max_new_tokens * (1 if edits is None else 2) / (time.perf_counter() - began)
     print(f"--- step {ckpt['step']}, {rate:,.0f} tokens/s on {device}")
 
 

@@ -94,6 +94,30 @@ def load_tokenizer(spec):
     return KINDS[kind](spec)
 
 
+def word_ids(tokenizer, word):
+    """The ids of a word as it stands within a text, a space before it (section 5.2 of the paper), but for characters;
+    of "word" in double quotes those of just what they enclose. Raises UserError for a word that has none."""
+    quoted = len(word) > 2 and word[0] == word[-1] == '"'
+    ids = tokenizer.encode(word[1:-1] if quoted else word if tokenizer.end is None else " " + word).tolist()
+    if not ids or not word.strip():
+        raise UserError(f"{word!r} is no word")
+    return ids
+
+
+def word_id(tokenizer, word):
+    """The id of a word that is one token. Raises UserError for another, and shows its tokens."""
+    ids = word_ids(tokenizer, word)
+    if len(ids) > 1:
+        raise UserError(f"{word!r} is {len(ids)} tokens here, {' '.join(shown(tokenizer, i) for i in ids)}: this needs "
+                        'a word of one token, or one of these as "token" in double quotes')
+    return ids[0]
+
+
+def shown(tokenizer, id):
+    """A token in print: on one line, its spaces as dots."""
+    return repr(tokenizer.decode([id]))[1:-1].replace(" ", "\u00b7")
+
+
 def train_bpe(texts, vocab_size):
     """Spec of a byte-level BPE with GPT-2's word pattern, learned from an iterable of texts; it loses no byte."""
     tokenizers = require("tokenizers", "training a bpe vocabulary")

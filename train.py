@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from batches import load_data, take
+from checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from configurator import UserError, configure, describe, run
 from devices import autocast, flops_per_token, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
-from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint, save_checkpoint
+from model import Backpack, BackpackConfig
 
 
 @dataclass

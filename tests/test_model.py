@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
+from checkpoints import CheckpointError
 from configurator import read_config
 from devices import flops_per_token, memory_need
-from model import Backpack, BackpackConfig, CheckpointError, sample_token
+from model import Backpack, BackpackConfig, sample_token
 from weighted_sum import weighted_sum
 
 SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 24, "n_sense": 3, "init_std": 0.3}

@@ -19,8 +19,9 @@ import batches
 import model as model_file
 import sample
 import train
+from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, weights_only
 from configurator import UserError
-from model import Backpack, CheckpointError, load_checkpoint
+from model import Backpack
 
 
 def same(a, b):
@@ -305,7 +306,7 @@ def test_finetuning_starts_from_the_other_runs_weights(run_train, capsys):
 
 def test_weights_alone_evaluate_and_finetune_but_do_not_resume(run_train, tmp_path, capsys):
     out, small = run_train(), tmp_path / "small"
-    model_file.save_checkpoint(small / "ckpt.pt", model_file.weights_only(load_checkpoint(out)))
+    save_checkpoint(small / "ckpt.pt", weights_only(load_checkpoint(out)))
     assert (small / "ckpt.pt").stat().st_size < 0.3 * (out / "ckpt.pt").stat().st_size
     whole, half = Backpack.from_checkpoint(out), Backpack.from_checkpoint(small)
     assert all(p.dtype == torch.float32 for p in half.parameters())

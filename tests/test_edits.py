@@ -1,0 +1,283 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import edits
+import sample
+import senses
+from configurator import UserError
+from edits import describe, make_edits, parse, read_edits
+from model import Backpack, BackpackConfig
+from teach import damage, log_p
+from tokenizer import load_tokenizer
+
+CHARS = load_tokenizer({"kind": "char", "chars": "abcdefgh"})
+ALL = "swap a: b -> c; scale a 1 0.5; topic d,e 2; replace f 0 by g 2; topic b 1"
+
+
+def tiny(dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    config = {"block_size": 12, "vocab_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_sense": 4, "init_std": 0.5}
+    return Backpack(BackpackConfig(**config | changes)).to(dtype).eval()
+
+
+def edited(model, text):
+    model.edits = make_edits(model, CHARS, parse(text))
+    return model
+
+
+def test_text_and_file_say_the_same(tmp_path):
+    listed = parse(ALL + "; scale a all 0")
+    assert "; ".join(map(describe, listed)) == ALL + "; scale a all 0"
+    (tmp_path / "e.json").write_text(json.dumps(listed))
+    assert read_edits(tmp_path / "e.json") == listed
+    assert parse(" ") == [] and make_edits(tiny(), CHARS, []) is None
+
+
+def test_a_sense_at_zero_contributes_exactly_zero():
+    model, idx = tiny(torch.float32), torch.tensor([[0, 1, 0, 2]])
+    before, weights = model.senses(idx), {k: v.clone() for k, v in model.state_dict().items()}
+    edited(model, "scale a 2 0")
+    after = model.senses(idx)
+    assert (after[0, [0, 2], 2] == 0).all()
+    keep = torch.ones_like(before, dtype=torch.bool)
+    keep[0, [0, 2], 2] = False
+    assert torch.equal(after[keep], before[keep])  # all else bit for bit
+    with torch.no_grad():
+        assert (senses.attribution(model, idx[0], model.wte.weight[3])[1][[0, 2], 2] == 0).all()
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_edits_of_other_tokens_leave_logits_bit_for_bit():
+    model, idx = tiny(torch.float32), torch.tensor([[1, 2, 3, 4, 5]])
+    before = model(idx)[0]
+    assert torch.equal(edited(model, "scale a all 0; swap h: b -> c")(idx)[0], before)
+
+
+def test_swap_is_the_equation():
+    model = tiny()
+    C, E = model.senses(torch.tensor(0)).detach(), model.wte.weight.detach()
+    edited(model, "swap a: b -> c")
+    a, b = E[2], E[1]
+    for sense in range(4):
+        phi = sum(float(v) ** 2 for v in a) / sum(float(v) ** 2 for v in b)
+        share = sum(float(x) * float(y) for x, y in zip(C[sense], b)) / sum(float(v) ** 2 for v in b)
+        want = [float(c) + share * (float(x) / phi - float(y)) for c, x, y in zip(C[sense], a, b)]
+        assert torch.allclose(model.senses(torch.tensor(0))[sense], torch.tensor(want, dtype=torch.float64), rtol=1e-12)
+    with torch.no_grad():  # where both words are at right angles, the logit of one moves to the other
+        E[2] -= (E[2] @ b) / (b @ b) * b
+        model.edits = None
+        C = model.senses(torch.tensor(0))
+        edited(model, "swap a: b -> c")
+        now = model.senses(torch.tensor(0))
+        assert torch.allclose(now @ E[1], torch.zeros(4, dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(now @ E[2], C @ E[2] + C @ E[1])
+
+
+def test_order_vectors_first_each_upon_those_before_then_weights():
+    model = tiny()
+    C = model.senses(torch.arange(8))
+    edited(model, "scale a 1 0.5; replace a 1 by b 3; replace c 0 by a 1; scale a 1 0.5")
+    assert torch.allclose(model.senses(torch.tensor(0))[1], 0.25 * C[1, 3])
+    assert torch.allclose(model.senses(torch.tensor(2))[0], C[1, 3])
+    model.edits = make_edits(model, CHARS, [{"edit": "replace", "word": "a", "sense": 2, "vector": [0.5] * 16}])
+    assert (model.senses(torch.tensor(0))[2] == 0.5).all()
+
+
+def test_topic_weights_are_the_papers():
+    model = tiny()
+    E, (w, f) = model.wte.weight.detach(), edited(model, "topic d,e 2").edits.topics[0]
+    scores = np.zeros((8, 4))
+    for x in range(8):
+        C = model.senses(torch.tensor(x)).detach()
+        for sense in range(4):
+            loud = [sum(float(p) * float(q) for p, q in zip(E[y], C[sense])) for y in range(8)]
+            scores[x, sense] = (loud[3] + loud[4]) / max(loud)
+    for x in range(8):
+        for sense in range(4):
+            above = [scores[x, sense] >= np.quantile(scores, q) for q in (0.95, 0.8, 0.6)]
+            assert w[x, sense].item() == (2.2 if above[0] else 2.2 if above[1] else 1.5 if above[2] else 1.0)
+    assert f == 2.2 / 7.5 and len(w.unique()) == 3
+
+
+def annealed(model, ids):
+    """What topics multiply alpha by, for one text: {(sense, i, j): weight}, from the equations."""
+    E, C, found = model.wte.weight, model.senses(torch.tensor(ids)), {}
+    for i in range(len(ids)):
+        for j in range(i + 1):
+            for sense in range(model.config.n_sense):
+                a = sum(max(0.0, float(E[x] @ C[j, sense])) for x in ids[: i + 1])
+                weight = 1.0
+                for w, f in model.edits.topics:
+                    b = (1 + j / 100) / (1 + math.exp(f * a - 6))
+                    weight *= b * float(w[ids[j], sense]) + 1 - b
+                found[sense, i, j] = weight
+    return found
+
+
+@torch.no_grad()
+def test_annealing_is_the_papers_and_the_sum_has_it():
+    model, ids = edited(tiny(), ALL), [0, 3, 1, 5, 0, 7]
+    topics, model.edits.topics = model.edits.topics, []
+    alpha = model.contextualization(torch.tensor([ids]))[0]
+    model.edits.topics = topics
+    C, want = model.senses(torch.tensor(ids)), annealed(model, ids)
+    for i in range(len(ids)):
+        o = sum(want[sense, i, j] * alpha[sense, i, j] * C[j, sense] for j in range(i + 1) for sense in range(4))
+        assert torch.allclose(model(torch.tensor([ids]))[0][0, i], model.wte.weight @ o, rtol=1e-10)
+    assert max(want.values()) > 1.2 and len({round(v, 3) for v in want.values()}) > 10
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_generation_with_edits_is_recomputation(table):
+    """Cached, padded and in a batch, past block_size, against a full pass for each token of each text alone."""
+    model = edited(tiny(), ALL)
+    prompts, n = [[0, 1, 2, 3, 5], [6, 4]], 16
+    idx, mask = torch.tensor([[0, 1, 2, 3, 5], [0, 0, 0, 6, 4]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    sense_table = model.sense_table() if table else None
+    batch = model.generate(idx, n, temperature=0, attention_mask=mask, sense_table=sense_table)
+    for row, ids in zip(batch, prompts):
+        start, length = 0, 5  # the window moves with the longest text of a batch
+        for _ in range(n):
+            if length - start > 12:
+                start = length - 6
+            text = ids[max(0, start - (5 - len(prompts[0]) + length - len(ids))):]
+            ids = ids + [model(torch.tensor([text]))[0][0, -1].argmax().item()]
+            length += 1
+        assert row[-len(ids):].tolist() == ids
+    assert not torch.equal(batch, tiny().generate(idx, n, temperature=0, attention_mask=mask))
+
+
+def test_compiled_with_edits():
+    model, idx = edited(tiny(torch.float32), ALL), torch.tensor([[0, 1, 2, 3], [5, 0, 6, 4]])
+    assert torch.allclose(torch.compile(model, backend="aot_eager")(idx)[0], model(idx)[0], atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_training_goes_on_under_edits(tmp_path):
+    """With DDP around the model: gradients are those of the plain model, and the edits stay as they are."""
+    model, x = edited(tiny(), ALL).train(), torch.tensor([[0, 1, 2, 3], [5, 0, 6, 4]])
+    model(x, x.roll(-1, 1))[1].backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model)(x, x.roll(-1, 1))[1].backward()
+    finally:
+        destroy_process_group()
+    assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), want))
+    assert model.sense_network.mlp_out.proj.weight.grad.abs().sum() > 0
+
+
+def test_damage_is_the_definition():
+    model, text = tiny(torch.float32), torch.randint(8, (5, 13), generator=torch.Generator().manual_seed(0))
+    change = make_edits(model, CHARS, parse("scale a all 0; scale b all 3"))
+    with torch.no_grad():
+        before, after = log_p(model, text[:, :-1]), log_p(model, text[:, :-1], change)
+        want = F.kl_div(after.flatten(0, 1), before.flatten(0, 1), log_target=True, reduction="batchmean")
+        loss = model(text[:, :-1], text[:, 1:])[1]
+    kl, without, with_edits = damage(model, change, text, batch_size=2)
+    assert math.isclose(kl, want.item(), rel_tol=1e-4) and math.isclose(without, loss.exp().item(), rel_tol=1e-4)
+    assert kl > 0.01 and with_edits != without and damage(model, None, text)[0] == 0
+    assert model.edits is None
+
+
+def test_teach_changes_few_vectors_and_little_else(run_train, data_dir, tmp_path, capsys):
+    out, file = run_train("--max_iters=60", "--n_embd=32"), tmp_path / "e.json"
+    (tmp_path / "x.jsonl").write_text('{"prompt": "words ", "good": "z", "bad": "a"}\n\n'
+                                      '{"prompt": "line", "good": "y"}\n')
+    args = [f"--out_dir={out}", f"--data_dir={data_dir}", "--device=cpu", f"--edits={file}"]
+    edits.main([*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--max_kl=9", "--enough=0.3",
+                "--elsewhere=1"])
+    found = read_edits(file)
+    assert len(found) == 6 and all(len(edit["vector"]) == 32 for edit in found)
+    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    model, tokenizer = Backpack.from_checkpoint(out), load_tokenizer(ckpt["meta"]["tokenizer"])
+    change, ids = make_edits(model, tokenizer, found), torch.tensor([tokenizer.encode("words ")])
+    x = tokenizer.encode("z")[0]
+    assert log_p(model, ids, change)[0, -1, x].exp() > 0.29 > 3 * log_p(model, ids)[0, -1, x].exp()
+    before = model.senses(torch.arange(model.config.vocab_size))
+    model.edits = change
+    differ = (model.senses(torch.arange(model.config.vocab_size)) != before).any(-1)
+    assert differ.sum() == 6
+    file.unlink()
+    edits.main([*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--max_kl=0", "--enough=0.3"])
+    model.edits = None  # no damage at all allowed: nothing learned
+    same = make_edits(model, tokenizer, read_edits(file))
+    assert torch.allclose(log_p(model, ids, same), log_p(model, ids), atol=1e-4)
+    assert "adds" in capsys.readouterr().out
+
+
+def test_files_of_edits(run_train, tmp_path, capsys):
+    out, file = run_train("--max_iters=1"), tmp_path / "my.json"
+    args = [f"--out_dir={out}", f"--edits={file}", "--device=cpu"]
+    edits.main([*args, "--edit=scale z 1 0.5; topic y 2"])
+    edits.main([*args, "--edit=swap d: o -> w"])
+    capsys.readouterr()
+    edits.main([*args, "--remove=2"])
+    assert capsys.readouterr().out.split("\n") == ["  1  scale z 1 0.5", "  2  swap d: o -> w", ""]
+    assert [edit["edit"] for edit in read_edits(file)] == ["scale", "swap"]
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="remove=7: there are 2 edits"):
+        edits.main([*args, "--remove=7"])
+    with pytest.raises(UserError, match="sense=9 must be from 0 to 3"):
+        edits.main([*args, "--edit=scale z 9 0"])
+    assert file.read_bytes() == before
+
+
+def test_samples_without_and_with_edits(run_train, capsys):
+    out = run_train("--max_iters=40")
+    how = [f"--out_dir={out}", "--start=document", "--num_samples=2", "--max_new_tokens=40", "--device=cpu"]
+    capsys.readouterr()
+    sample.main(how)
+    plain = capsys.readouterr().out.rsplit("---", 1)[0]
+    sample.main([*how, "--edit=scale t all 0; scale n all 0; topic z 3"])
+    both = capsys.readouterr().out.rsplit("---", 1)[0]
+    assert both.startswith(f"=== without edits\n{plain}=== with scale t all 0; scale n all 0; topic z 3\n")
+    assert both.split("=== with ")[1].split("\n", 1)[1] != plain
+
+
+@pytest.mark.parametrize("edit, message", [
+    ("scale a 0", "edit 'scale a 0': expected one of: scale word sense factor; swap word: from -> to;"),
+    ("scala a 0 1", "edit 'scala a 0 1': expected one of"), ("scale a 4 0", "sense=4 must be from 0 to 3"),
+    ("scale a 1 x", "factor='x' must be a number, at least 0"), ("scale a 1 -1", "factor=-1 must be"),
+    ("scale ab 1 0", "'ab' is 2 tokens here, a b: this needs a word of one token"),
+    ("scale x 1 0", "character 'x' is not among"), ("topic a 4", "strength=4 must be 1, 2 or 3"),
+    ("replace a 0 by b 9", "by_sense=9 must be from 0 to 3")])
+def test_bad_edits(edit, message):
+    with pytest.raises(UserError) as error:
+        make_edits(tiny(), CHARS, parse(edit))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[", "not JSON"), ("{}", 'edit 1: expected {"edit": one of scale, swap, topic, replace'),
+    ('[{"edit": "swap", "word": "a"}]', "edit 1: swap needs word, from, to"),
+    ('[{"edit": "replace", "word": "a", "vector": []}]', "edit 1: replace needs word, sense, vector"),
+    ('[{"edit": "replace", "word": "a", "sense": 0, "vector": [1, 2]}]', "expected 16 numbers")])
+def test_bad_files(tmp_path, text, message):
+    (tmp_path / "e.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        make_edits(tiny(), CHARS, read_edits(tmp_path / "e.json"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_transformer_has_nothing_to_edit():
+    with pytest.raises(UserError, match="no senses to edit"):
+        make_edits(tiny(n_sense=0), CHARS, parse("scale a 0 0"))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "has no examples"), ("{]", "line 1: expected"), ('{"prompt": "a"}', "line 1: expected"),
+    ('{"prompt": "' + 20 * "do" + '", "good": "a"}', "is longer than block_size=8")])
+def test_bad_examples(run_train, data_dir, tmp_path, text, message):
+    out = run_train("--max_iters=1")
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        edits.main([f"--out_dir={out}", f"--data_dir={data_dir}", "--device=cpu", f"--teach={tmp_path / 'x.jsonl'}"])
