@@ -31,6 +31,7 @@ class BackpackConfig:
     n_sense: int = 16                # sense vectors per token; 0: no senses, the plain Transformer LM, as a baseline
     n_qk: int | None = None          # width of query and key per sense; None: n_embd / n_sense (paper)
     sense_mlp_ratio: int = 4         # inner width of both sense MLPs in n_embd; the paper's sense-count ablation has 1
+    sense_mean: bool = False         # the sum of senses is divided by n_sense, as in Levanter's weights
     dropout: float = 0.0             # on embeddings, attention and residuals, senses too (paper: 0.1)
     bias: bool = True                # biases in Linear and LayerNorm
     init_std: float = 0.02           # of the normal distribution that weights start from
@@ -125,13 +126,14 @@ class SenseNetwork(nn.Module):
         self.mlp = MLP(D, config.sense_mlp_ratio * D, D, config.bias)
         self.ln_2 = nn.LayerNorm(D, bias=config.bias)
         self.mlp_out = MLP(D, config.sense_mlp_ratio * D, config.n_sense * D, config.bias)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop, self.mean = nn.Dropout(config.dropout), config.sense_mean
 
     def forward(self, e):
         e = self.drop(e)
         r = self.drop(self.ln_0(e)) + e   # a second residual that the authors call accidental; their weights have it
         r = r + self.drop(self.mlp(self.ln_1(r)))
-        return self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))                        # (...,K,D)
+        C = self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))                           # (...,K,D)
+        return C / self.n_sense if self.mean else C
 
 
 class Edits:

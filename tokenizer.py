@@ -88,6 +88,8 @@ KINDS = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer}
 def load_tokenizer(spec):
     """The tokenizer that a spec describes: .encode(str) -> ids, int64 array; .decode(ids) -> str; .vocab_size;
     .end, the id that ends a document (None for char). Raises UserError for an unknown kind."""
+    if spec is None:
+        raise UserError("this run has no tokenizer: it was imported without one (convert.py --tokenizer=gpt2)")
     kind = spec.get("kind") if isinstance(spec, dict) else spec
     if kind not in KINDS:
         raise UserError(f"unknown tokenizer {kind!r}: expected one of {', '.join(KINDS)}")

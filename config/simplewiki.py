@@ -16,7 +16,7 @@ transformer_share = 0.75  # docs/small_runs.md
 
 tokens_per_step = 16 * 128
 batch_size = 16
-max_iters = 12000
+max_iters = 9000
 learning_rate, min_lr, schedule = 2e-3, 2e-4, "cosine"
 warmup_iters = 200
 beta2 = 0.99

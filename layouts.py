@@ -1,0 +1,126 @@
+"""Names of tensors in published checkpoints: Hugging Face, the authors' Lightning, Levanter, GPT-2; and ours."""
+import torch
+
+from configurator import UserError
+
+LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2")
+
+
+def names(layout, n_layer, senses):
+    """[(our module, the layout's, whether its matrix is transposed)] of everything that has weights."""
+    if layout.startswith("lightning"):
+        base = "model.transformer." + ("gpt2_model." if senses else "")
+        yield "wte", f"{base}embeddings.word_embeddings", False
+        yield "wpe", f"{base}embeddings.position_embeddings", False
+        yield ("blocks.0.ln_1" if n_layer else "ln_f"), f"{base}ln_0", False
+        for i in range(n_layer):  # fused norms belong to the sub-layer before
+            block, theirs = f"blocks.{i}", f"{base}layers.{i}"
+            yield f"{block}.ln_2", f"{theirs}.norm1", False
+            yield (f"blocks.{i + 1}.ln_1" if i + 1 < n_layer else "ln_f"), f"{theirs}.norm2", False
+            for ours, other in (("attn.qkv", "mixer.Wqkv"), ("attn.proj", "mixer.out_proj"), ("mlp.fc", "mlp.fc1"),
+                                ("mlp.proj", "mlp.fc2")):
+                yield f"{block}.{ours}", f"{theirs}.{other}", False
+        content = "model.transformer.content_model."
+        for ours, other in (("ln_0", "ln_0"), ("ln_1", "layers.0.norm1"), ("ln_2", "layers.0.norm2"),
+                            ("mlp.fc", "layers.0.mlp.fc1"), ("mlp.proj", "layers.0.mlp.fc2"),
+                            ("mlp_out.fc", "final_mlp.fc1"), ("mlp_out.proj", "final_mlp.fc2")) if senses else ():
+            yield f"sense_network.{ours}", content + other, False
+        if senses:
+            yield "sense_qk", "model.transformer.contextualization_attn.Wqkv", False
+        return
+    base = "backpack.gpt2_model." if senses else ""
+    yield from (("wte", f"{base}wte", False), ("wpe", f"{base}wpe", False), ("ln_f", f"{base}ln_f", False))
+    matrices = ("mlp.fc", "mlp.c_fc"), ("mlp.proj", "mlp.c_proj")
+    for i in range(n_layer):
+        for ours, other in (("ln_1", "ln_1"), ("ln_2", "ln_2")):
+            yield f"blocks.{i}.{ours}", f"{base}h.{i}.{other}", False
+        for ours, other in (("attn.qkv", "attn.c_attn"), ("attn.proj", "attn.c_proj"), *matrices):
+            yield f"blocks.{i}.{ours}", f"{base}h.{i}.{other}", True  # Conv1D: [in, out]
+    if senses:
+        for ours, other in (("ln_0", "ln"), ("ln_1", "block.ln_1"), ("ln_2", "block.ln_2")):
+            yield f"sense_network.{ours}", f"backpack.sense_network.{other}", False
+        for ours, other in ((a, f"block.{b}") for a, b in matrices):
+            yield f"sense_network.{ours}", f"backpack.sense_network.{other}", True
+        for ours, other in (("mlp_out.fc", "final_mlp.c_fc"), ("mlp_out.proj", "final_mlp.c_proj")):
+            yield f"sense_network.{ours}", f"backpack.sense_network.{other}", True
+        yield "sense_qk", "backpack.sense_weight_net.c_attn", False
+
+
+def aliases(layout, senses):
+    """{a tensor that a layout writes again: where it stands already}; a file may have them or not."""
+    if layout.startswith("lightning"):
+        base = "model.transformer." + ("gpt2_model." if senses else "") + "embeddings."
+        again = ["model.transformer.", "model.transformer.content_model."] if senses else []
+        found = {f"{place}embeddings.{kind}_embeddings.weight": f"{base}{kind}_embeddings.weight"
+                 for place in again for kind in ("word", "position")}
+        return found | {"model.lm_head.weight": f"{base}word_embeddings.weight"}
+    base = "backpack.gpt2_model." if senses else ""
+    found = {"lm_head.weight": f"{base}wte.weight"} if layout != "levanter" else {}
+    return found | ({"backpack.word_embeddings.weight": f"{base}wte.weight",
+                     "backpack.position_embeddings.weight": f"{base}wpe.weight"} if senses else {})
+
+
+def detect(tensors):
+    """The layout of a dictionary of tensors, by their names. Raises UserError where these leave it open."""
+    if any(".contextualization_attn." in name for name in tensors):
+        return "lightning"
+    if "model.transformer.layers.0.mixer.Wqkv.weight" in tensors:
+        return "lightning-gpt2"
+    if "backpack.sense_weight_net.c_attn.weight" in tensors:
+        if "lm_head.weight" in tensors:
+            return "backpack-gpt2"
+        if "backpack.word_embeddings.weight" in tensors:
+            return "levanter"
+        raise UserError("these tensors may be Hugging Face's or Levanter's, whose sum of senses is divided by their "
+                        "number: say --layout=backpack-gpt2 or --layout=levanter")
+    if any(name.endswith("h.0.attn.c_attn.weight") for name in tensors):
+        return "gpt2"
+    raise UserError(f"unknown layout: expected one of {', '.join(LAYOUTS)}; the first of {len(tensors)} tensors are "
+                    f"{', '.join(list(tensors)[:6])}")
+
+
+def to_ours(tensors, layout):
+    """A layout's tensors as a state_dict of Backpack; a report {"renamed", "transposed", "dropped"}. Raises UserError
+    for a tensor that is missing, left over, or unlike what it should repeat."""
+    tensors, state, report = dict(tensors), {}, {"renamed": 0, "transposed": [], "dropped": []}
+    senses = layout not in ("gpt2", "lightning-gpt2")
+    if layout == "gpt2":  # some files have this prefix
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    n_layer = sum(name.endswith((".attn.c_attn.weight", ".mixer.Wqkv.weight")) for name in tensors)
+    for again, first in aliases(layout, senses).items():
+        if (tensor := tensors.pop(again, None)) is not None:
+            if tensor.shape != (other := tensors.get(first, tensor)).shape or not torch.equal(tensor, other):
+                raise UserError(f"{again} should repeat {first}, but is something else")
+            report["dropped"].append(again)
+            tensors.setdefault(first, tensor)
+    masks = [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]
+    report["dropped"] += [name for name in masks if tensors.pop(name) is not None]
+    missing = []
+    for ours, theirs, transposed in names(layout, n_layer, senses):
+        for kind in ("weight",) if ours in ("wte", "wpe") else ("weight", "bias"):
+            if (tensor := tensors.pop(f"{theirs}.{kind}", None)) is None:
+                missing.append(f"{theirs}.{kind}")
+                continue
+            report["renamed"] += 1
+            if transposed and kind == "weight":
+                tensor = tensor.T.contiguous()
+                report["transposed"].append(f"{theirs}.{kind}")
+            state[f"{ours}.{kind}"] = tensor
+    if missing or tensors:
+        raise UserError(f"layout {layout}: " + "; ".join(
+            f"{len(some)} tensors {what}: {', '.join(list(some)[:4])}" for some, what in
+            ((missing, "missing"), (tensors, "too many")) if some))
+    return state, report
+
+
+def to_layout(state, layout, rows=None):
+    """The other way: a state_dict of Backpack as a layout's tensors, embeddings cut to `rows`."""
+    senses = any(name.startswith("sense_") for name in state)
+    n_layer = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
+    found = {}
+    for ours, theirs, transposed in names(layout, n_layer, senses):
+        for kind in ("weight", "bias"):
+            if (tensor := state.get(f"{ours}.{kind}")) is not None:
+                tensor = tensor[:rows] if ours == "wte" else tensor
+                found[f"{theirs}.{kind}"] = tensor.T.contiguous() if transposed and kind == "weight" else tensor
+    return found | {again: found[first] for again, first in aliases(layout, senses).items()}

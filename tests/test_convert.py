@@ -1,0 +1,264 @@
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import lines
+from torch.nn import functional as F
+
+import convert
+import prepare_data
+import sample
+import train
+from checkpoints import CheckpointError, load_checkpoint
+from configurator import UserError
+from layouts import LAYOUTS, names, to_layout, to_ours
+from model import Backpack, BackpackConfig
+
+D, LAYERS, HEADS, K, T, V = 24, 2, 3, 4, 16, 40
+CONFIG = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": D, "vocab_size": V, "n_positions": T, "num_senses": K,
+          "scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+
+
+def random_hf(rows=V, d=D):
+    """Tensors as in the published pytorch_model.bin, aliases and masks too, written from its keys."""
+    torch.manual_seed(0)
+    base = "backpack.gpt2_model"
+    found = {f"{base}.wte.weight": torch.randn(rows, d), f"{base}.wpe.weight": torch.randn(T, d)}
+
+    def linear(name, n_in, n_out):
+        found[f"{name}.weight"], found[f"{name}.bias"] = torch.randn(n_in, n_out) / 4, torch.randn(n_out) / 4
+
+    def norm(name):
+        found[f"{name}.weight"], found[f"{name}.bias"] = 1 + torch.randn(d) / 4, torch.randn(d) / 4
+
+    for i in range(LAYERS):
+        h = f"{base}.h.{i}"
+        norm(f"{h}.ln_1"), norm(f"{h}.ln_2")
+        linear(f"{h}.attn.c_attn", d, 3 * d), linear(f"{h}.attn.c_proj", d, d)
+        linear(f"{h}.mlp.c_fc", d, 4 * d), linear(f"{h}.mlp.c_proj", 4 * d, d)
+        found[f"{h}.attn.bias"], found[f"{h}.attn.masked_bias"] = torch.ones(1, 1, T, T).tril(), torch.tensor(-1e4)
+    net = "backpack.sense_network"
+    norm(f"{base}.ln_f"), norm(f"{net}.ln"), norm(f"{net}.block.ln_1"), norm(f"{net}.block.ln_2")
+    linear(f"{net}.block.mlp.c_fc", d, 4 * d), linear(f"{net}.block.mlp.c_proj", 4 * d, d)
+    linear(f"{net}.final_mlp.c_fc", d, 4 * d), linear(f"{net}.final_mlp.c_proj", 4 * d, K * d)
+    linear("backpack.sense_weight_net.c_attn", 2 * d, d)  # a Linear: [out, in]
+    found["backpack.sense_weight_net.c_attn.bias"] = torch.randn(2 * d) / 4
+    for alias in ("backpack.word_embeddings.weight", "lm_head.weight"):
+        found[alias] = found["backpack.gpt2_model.wte.weight"]
+    found["backpack.position_embeddings.weight"] = found["backpack.gpt2_model.wpe.weight"]
+    return found
+
+
+def reference(w, ids, mean=False):
+    """Logits of the published architecture, from its equations and the names of its tensors; ids: a list."""
+    def norm(x, name):
+        return F.layer_norm(x, (D,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    def conv(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def mlp(x, name):
+        x = conv(x, f"{name}.c_fc")
+        return conv(0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), f"{name}.c_proj")
+
+    later = torch.ones(len(ids), len(ids)).triu(1).bool()
+    E = w["backpack.gpt2_model.wte.weight"]
+    x = E[ids] + w["backpack.gpt2_model.wpe.weight"][: len(ids)]
+    for i in range(LAYERS):
+        h = f"backpack.gpt2_model.h.{i}"
+        q, k, v = conv(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").split(D, -1)
+        heads = []
+        for a, b, c in zip(q.split(D // HEADS, -1), k.split(D // HEADS, -1), v.split(D // HEADS, -1)):
+            scores = a @ b.T / math.sqrt(D // HEADS) / (i + 1)
+            heads.append(scores.masked_fill(later, float("-inf")).softmax(-1) @ c)
+        x = x + conv(torch.cat(heads, -1), f"{h}.attn.c_proj")
+        x = x + mlp(norm(x, f"{h}.ln_2"), f"{h}.mlp")
+    h = norm(x, "backpack.gpt2_model.ln_f")
+    q, k = F.linear(h, *(w[f"backpack.sense_weight_net.c_attn.{kind}"] for kind in ("weight", "bias"))).split(D, -1)
+    net = "backpack.sense_network"
+    r = norm(E[ids], f"{net}.ln") + E[ids]
+    r = r + mlp(norm(r, f"{net}.block.ln_1"), f"{net}.block.mlp")
+    C = mlp(norm(r, f"{net}.block.ln_2"), f"{net}.final_mlp")
+    o = 0
+    for a, b, c in zip(q.split(D // K, -1), k.split(D // K, -1), C.split(D, -1)):
+        o = o + (a @ b.T / math.sqrt(D // K)).masked_fill(later, float("-inf")).softmax(-1) @ c
+    return (o / K if mean else o) @ E.T
+
+
+def source(folder, tensors, config=CONFIG):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def imported(tmp_path, folder, *args):
+    convert.main([f"--source={folder}", f"--out_dir={tmp_path / 'run'}", *args])
+    return Backpack.from_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors", "layout"])
+def test_hugging_face_logits(tmp_path, form, capsys):
+    w, ids = random_hf(), [3, 1, 39, 3, 0, 7]
+    folder = source(tmp_path / "hf", w)
+    args = []
+    if form != "bin":  # a re-save drops what is there twice, and it is then open whose it is
+        (folder / "pytorch_model.bin").unlink()
+        pytest.importorskip("safetensors.torch").save_file(
+            {k: v.clone() for k, v in w.items() if "word_emb" not in k and "position_emb" not in k
+             and (form == "safetensors") == ("lm_head" in k) or "backpack" in k and "embeddings" not in k},
+            folder / "model.safetensors")
+        args = ["--layout=backpack-gpt2"]
+        if form == "layout":
+            with pytest.raises(UserError, match="Hugging Face's or Levanter's"):
+                imported(tmp_path, folder)
+    model = imported(tmp_path, folder, *args)
+    assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(w, ids), atol=1e-4, rtol=1e-4)
+    shown, config = capsys.readouterr().out, json.loads((tmp_path / "run/config.json").read_text())
+    assert "backpack-gpt2: 44 tensors, 12 transposed" in shown and "tokenizer: none" in shown
+    assert list(config["source_sha256"].values())[0] == __import__("hashlib").sha256(
+        next(f for f in folder.iterdir() if f.name != "config.json").read_bytes()).hexdigest()
+
+
+def test_levanters_sum_is_divided(tmp_path):
+    w, ids = random_hf(), [5, 1, 2, 2]
+    del w["lm_head.weight"]
+    model = imported(tmp_path, source(tmp_path / "lev", w))
+    assert model.config.sense_mean
+    assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(w, ids, mean=True), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip(layout):
+    senses = 0 if "gpt2" in layout and layout != "backpack-gpt2" else K
+    torch.manual_seed(0)
+    state = Backpack(BackpackConfig(T, V, LAYERS, HEADS, D, senses)).state_dict()
+    theirs = to_layout(state, layout)
+    back, report = to_ours(theirs, layout)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    again = to_layout(back, layout)
+    assert again.keys() == theirs.keys() and all(torch.equal(again[name], theirs[name]) for name in theirs)
+
+
+def test_fused_norms_belong_to_the_sublayer_before():
+    """As design and the authors' code have it; a shift by one is the classic mistake."""
+    found = {theirs: ours for ours, theirs, _ in names("lightning", 12, True)}
+    base = "model.transformer."
+    for theirs, ours in (("gpt2_model.ln_0", "blocks.0.ln_1"), ("gpt2_model.layers.0.norm1", "blocks.0.ln_2"),
+                         ("gpt2_model.layers.0.norm2", "blocks.1.ln_1"), ("gpt2_model.layers.11.norm2", "ln_f"),
+                         ("content_model.ln_0", "sense_network.ln_0"),
+                         ("content_model.layers.0.norm2", "sense_network.ln_2"),
+                         ("content_model.final_mlp.fc2", "sense_network.mlp_out.proj")):
+        assert found[base + theirs] == ours
+
+
+class Config:  # pickled by name, as OmegaConf's in the authors' files
+    def __init__(self):
+        self.lr = 1
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("EXECUTED",)
+
+
+def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = Backpack(BackpackConfig(T, V, 6, 6, 384, 16, sense_mlp_ratio=1)).eval()
+    tensors = to_layout(model.state_dict(), "lightning")
+    torch.save({"state_dict": {k: v.half() for k, v in tensors.items()}, "hyper_parameters": Config(), "evil": Evil(),
+                "optimizer_states": [{"state": {0: {"step": 3}}}]}, tmp_path / "mini.ckpt")
+    ours = imported(tmp_path, tmp_path / "mini.ckpt", "--dtype=float32")
+    out = capsys.readouterr().out
+    assert "EXECUTED" not in out and "lightning: 92 tensors" in out
+    assert ours.config.n_head == 6 and ours.config.sense_mlp_ratio == 1 and ours.config.n_sense == 16
+    x = torch.tensor([[1, 2, 3]])
+    assert torch.allclose(ours(x)[0], model.half().float()(x)[0], atol=1e-5)
+    assert load_checkpoint(tmp_path / "run")["model"]["wte.weight"].dtype == torch.float32
+    convert.main([f"--source={tmp_path / 'run'}", "--to=lightning", f"--dest={tmp_path / 'back'}"])
+    back = imported(tmp_path, tmp_path / "back", "--overwrite=True")
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values()))
+
+
+def test_gpt2_as_a_baseline_and_with_new_senses(tmp_path):
+    """50 steps are the README's; here a few: training starts at the loss that evaluation reports."""
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
+    prepare_data.main([f"--data_dir={tmp_path}", "--dataset=own", f"--input={tmp_path / 't.txt'}", "--tokenizer=gpt2",
+                       "--val_fraction=0.2", "--num_proc=1"])
+    torch.manual_seed(0)
+    model = Backpack(BackpackConfig(T, 50257, LAYERS, 2, 16, 0, inverse_layer_scale=False))
+    tensors = {f"transformer.{k}": v for k, v in to_layout(model.state_dict(), "gpt2", 50257).items() if k[:2] != "lm"}
+    assert tensors["transformer.wte.weight"].shape == (50257, 16)
+    folder = source(tmp_path / "gpt2", tensors, {"n_head": 2})
+    plain = imported(tmp_path, folder)
+    x = torch.tensor([[50256, 5, 6]])
+    assert torch.allclose(plain(x)[0], model.eval()(x)[0], atol=1e-5) and not plain.config.inverse_layer_scale
+    for n, run in ((0, "run"), (4, "senses")):
+        convert.main([f"--source={folder}", f"--out_dir={tmp_path / run}", f"--n_sense={n}", "--overwrite=True"])
+        h = Backpack.from_checkpoint(tmp_path / run)._hidden(x)[0]
+        assert torch.allclose(h, model._hidden(x)[0], atol=1e-5)
+        keys = [f"--data_dir={tmp_path}", "--dataset=own", "--tokens_per_step=64", "--batch_size=4", "--max_iters=3",
+                "--learning_rate=1e-3", "--warmup_iters=0", "--eval_interval=3", "--log_interval=1", "--device=cpu"]
+        train.main([*keys, f"--init_from={tmp_path / run}", f"--out_dir={tmp_path / f'tuned{n}'}"])
+        first = json.loads((tmp_path / f"tuned{n}/metrics.jsonl").read_text().splitlines()[0])
+        val = torch.from_numpy(__import__("numpy").fromfile(tmp_path / "own/val.bin", "<u2").astype("int64"))
+        whole = val[: (len(val) - 1) // T * T + 1]
+        model_n = Backpack.from_checkpoint(tmp_path / run)
+        loss = model_n(whole[:-1].view(-1, T), whole[1:].view(-1, T))[1].item()
+        assert abs(first["val_loss"] - loss) < 0.05
+    sample.main([f"--out_dir={tmp_path / 'run'}", "--start=words", "--max_new_tokens=2", "--num_samples=1"])
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("backpack.gpt2_model.ln_f.bias"), "1 tensors missing: backpack.gpt2_model.ln_f.bias"),
+    (lambda w: w.update(extra=torch.ones(1)), "1 tensors too many: extra"),
+    (lambda w: w.update({"lm_head.weight": torch.ones(V, D)}), "lm_head.weight should repeat"),
+    (lambda w: w.update({"backpack.gpt2_model.h.0.mlp.c_fc.bias": torch.ones(7)}), "don't fit its config"),
+    (lambda w: [w.pop(k) for k in list(w) if "c_attn" in k], "unknown layout: expected one of backpack-gpt2,")])
+def test_bad_tensors(tmp_path, change, message):
+    w = random_hf()
+    change(w)
+    with pytest.raises((UserError, CheckpointError)) as error:
+        imported(tmp_path, source(tmp_path / "hf", w))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run.tmp").exists()
+
+
+def test_bad_sources(tmp_path):
+    folder = source(tmp_path / "hf", random_hf())
+    data = (folder / "pytorch_model.bin").read_bytes()
+    for content in (data[:5000], b"", pickle.dumps({"a": Config()})):
+        (folder / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(UserError, match="is truncated or holds no tensors"):
+            imported(tmp_path, folder)
+    torch.save(Config(), folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="--trust_pickle=True loads it, and executes"):
+        imported(tmp_path, folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="has no .*safetensors"):
+        imported(tmp_path, folder)
+    source(folder, random_hf(), CONFIG | {"activation_function": "relu"})
+    with pytest.raises(UserError, match="activation_function='relu' in config.json"):
+        imported(tmp_path, folder)
+    source(folder, random_hf(), {})
+    with pytest.raises(UserError, match="give --n_head"):
+        imported(tmp_path, folder)
+    for args, message in ((["--layout=what"], "layout='what': expected one of auto"), ([], "give --source")):
+        with pytest.raises(UserError, match=message):
+            convert.main(args)
+    source(folder, random_hf())
+    imported(tmp_path, folder)
+    with pytest.raises(UserError, match="has a checkpoint"):
+        imported(tmp_path, folder)
+    with pytest.raises(UserError, match="this run has no tokenizer"):
+        sample.main([f"--out_dir={tmp_path / 'run'}"])
+
+
+def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")))
+    with pytest.raises(UserError, match="no such file or folder, and not to be had from the Hub: OSError: no network$"):
+        convert.main(["--source=some/id", f"--out_dir={tmp_path / 'run'}"])
+    assert not list(tmp_path.iterdir())
