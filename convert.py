@@ -4,17 +4,19 @@
     python convert.py --source=gpt2-small-flash-fp16.ckpt --out_dir=out/gpt2_authors   the authors' checkpoints
     python convert.py --source=openai-community/gpt2 --out_dir=out/gpt2                a plain Transformer (n_sense=0)
     python convert.py --source=openai-community/gpt2 --out_dir=out/gpt2_senses --n_sense=16   with new senses, to train
-    python convert.py --source=out/backpack_gpt2 --to=backpack-gpt2 --dest=folder      the other way, in any layout
+    python convert.py --source=out/simplewiki --to=hf --dest=folder      for transformers, with trust_remote_code=True
+    python convert.py --source=out/backpack_gpt2 --to=backpack-gpt2 --dest=folder      or in any of the other layouts
 
 The layout is told from the names of the tensors; every tensor must find its place and fit it. Nothing pickled in the
 source is executed: tensors and plain containers are made, and anything else stays an empty shell.
 """
+import functools
 import hashlib
 import json
 import pickle
 import shutil
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from configurator import UserError, configure, run
 from layouts import LAYOUTS, detect, to_layout, to_ours
 from model import Backpack, BackpackConfig
-from tokenizer import require
+from tokenizer import END, for_transformers, load_tokenizer, require
 
 HEADS = {(6, 384): 6, (8, 640): 8, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # (n_layer, n_embd)
 DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,20 +53,10 @@ class Shell:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __call__(self, *args, **kwargs):
+    def nothing(self, *args):
         return self
 
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, value):
-        pass
-
-    def extend(self, values):
-        pass
+    __call__ = __setstate__ = __setitem__ = append = extend = nothing
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -80,17 +72,14 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_file(path, trust_pickle=False):
     """The tensors of a .safetensors file or of anything torch.save wrote, nested dictionaries' under "state_dict"."""
+    plain = types.ModuleType("plain_pickle")
+    plain.Unpickler, plain.load = PlainUnpickler, lambda file, **keys: PlainUnpickler(file, **keys).load()
+    load = functools.partial(torch.load, map_location="cpu", weights_only=False,
+                             pickle_module=None if trust_pickle else plain)
+    if path.suffix == ".safetensors":
+        load = require("safetensors.torch", str(path)).load_file
     try:
-        if path.suffix == ".safetensors":
-            return require("safetensors.torch", str(path)).load_file(path)
-        if trust_pickle:
-            found = torch.load(path, map_location="cpu", weights_only=False)
-        else:
-            reader = types.ModuleType("plain_pickle")
-            reader.Unpickler, reader.load = PlainUnpickler, lambda file, **keys: PlainUnpickler(file, **keys).load()
-            found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
-    except UserError:
-        raise
+        found = load(path)
     except Exception as error:  # zip, pickle, storage and header errors have no common class
         raise UserError(f"{path} is truncated or holds no tensors: {str(error)[:200]!r}") from None
     found = found.get("state_dict", found.get("model", found)) if isinstance(found, dict) else found
@@ -103,11 +92,9 @@ def read_source(source, trust_pickle):
     """(tensors, config.json as a dict, sha256 of each file) of a file, a folder or a Hub id."""
     path = Path(source)
     if not path.exists():
+        hub = require("huggingface_hub", "a Hub id")
         try:
-            path = Path(require("huggingface_hub", "a Hub id").snapshot_download(
-                source, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-        except UserError:
-            raise
+            path = Path(hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
         except Exception as error:
             raise UserError(f"source={source}: no such file or folder, and not to be had from the Hub: "
                             f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
@@ -168,7 +155,7 @@ def import_run(s):
         "dataset": "", "source": s.source, "source_layout": layout, "source_rows": rows, "source_sha256": sha}}
     with torch.device("meta"):
         Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(out.name + ".tmp")  # no half run is left
     save_checkpoint(temporary / "ckpt.pt", ckpt)
     (temporary / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
     (temporary / "meta.json").write_text(json.dumps(meta))
@@ -181,24 +168,67 @@ def import_run(s):
 
 
 def export(s):
-    ckpt = load_checkpoint(s.source)
-    tensors = to_layout(ckpt["model"], s.to, ckpt["config"].get("source_rows"))
-    dest = Path(s.dest)
+    ckpt, dest = load_checkpoint(s.source), Path(s.dest)
+    safetensors, config = require("safetensors.torch", "--to"), ckpt["config"]
+    sizes = {f.name: config[f.name] for f in fields(BackpackConfig) if f.name in config}
     dest.mkdir(parents=True, exist_ok=True)
-    config = {theirs: ckpt["config"][ours] for theirs, ours in (
-        ("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"), ("vocab_size", "vocab_size"),
-        ("n_positions", "block_size"), ("num_senses", "n_sense"),
-        ("scale_attn_by_inverse_layer_idx", "inverse_layer_scale"))}
-    (dest / "config.json").write_text(json.dumps(config | {
-        "layout": s.to, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}, indent=1))
-    require("safetensors.torch", "--to").save_file({name: t.contiguous().clone() for name, t in tensors.items()},
-                                                   dest / "model.safetensors", metadata={"format": "pt"})
+    if s.to == "hf":
+        tensors = {f"backpack.{name}": tensor for name, tensor in ckpt["model"].items()}
+        for file in ("model.py", "weighted_sum.py", "checkpoints.py", "modeling_backpack.py"):
+            shutil.copy(Path(__file__).parent / file, dest)
+        described = sizes | {"model_type": "nanobackpack", "architectures": ["BackpackForCausalLM"], "auto_map": {
+            "AutoConfig": "modeling_backpack.BackpackConfig",
+            "AutoModelForCausalLM": "modeling_backpack.BackpackForCausalLM"}}
+        end = {}
+        if ckpt["meta"]["tokenizer"]:
+            tokenizer = load_tokenizer(ckpt["meta"]["tokenizer"])
+            (dest / "tokenizer.json").write_text(for_transformers(tokenizer))
+            roles = ("eos_token", "bos_token", "pad_token") if tokenizer.end is not None else ()
+            end, special = {f"{role}_id": tokenizer.end for role in roles}, dict.fromkeys(roles, END)
+            (dest / "tokenizer_config.json").write_text(json.dumps(special | {
+                "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "padding_side": "left", "model_max_length": sizes["block_size"],
+                "model_input_names": ["input_ids", "attention_mask"]}, indent=1))
+        (dest / "generation_config.json").write_text(json.dumps(end, indent=1))
+        told = {key: config[key] for key in ("dataset", "source", "tokens_per_step", "max_iters", "learning_rate",
+                                             "schedule", "transformer_share") if config.get(key) not in (None, "")}
+        card = CARD.format(**sizes, step=ckpt["step"], best=ckpt.get("best", "unknown"), told=told)
+        (dest / "README.md").write_text(card)
+    else:
+        tensors = to_layout(ckpt["model"], s.to, config.get("source_rows"))
+        described = {theirs: config[ours] for theirs, ours in (
+            ("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"), ("vocab_size", "vocab_size"),
+            ("n_positions", "block_size"), ("num_senses", "n_sense"),
+            ("scale_attn_by_inverse_layer_idx", "inverse_layer_scale"))}
+        described |= {"layout": s.to, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+    (dest / "config.json").write_text(json.dumps(described, indent=1))
+    safetensors.save_file({name: t.contiguous().clone() for name, t in tensors.items()}, dest / "model.safetensors",
+                          metadata={"format": "pt"})
     print(f"{dest}: {len(tensors)} tensors in the layout {s.to}")
+
+
+CARD = """---
+library_name: transformers
+tags: [backpack]
+---
+# A Backpack language model
+
+{n_layer} layers, {n_head} heads, width {n_embd}, {n_sense} senses per token, {block_size} positions.
+Vocabulary: {vocab_size} tokens. Steps: {step}. Lowest validation loss, in nats a token: {best}. Settings: {told}.
+
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+
+Each token has sense vectors that depend on nothing else, and the logits are linear in a weighted sum of them (Hewitt et
+al., ACL 2023): model(ids, output_senses=True, output_contextualization=True).
+
+Limits: it says what its training text made likely, true or not, with the biases of that text.
+"""
 
 
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    for key, allowed in (("layout", ("auto", *LAYOUTS)), ("to", (None, *LAYOUTS)), ("dtype", DTYPES),
+    for key, allowed in (("layout", ("auto", *LAYOUTS)), ("to", (None, "hf", *LAYOUTS)), ("dtype", DTYPES),
                          ("tokenizer", (None, "gpt2", "none"))):
         if getattr(s, key) not in allowed:
             raise UserError(f"{key}={getattr(s, key)!r}: expected one of {', '.join(map(str, allowed))}")

@@ -16,8 +16,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import CheckpointError, load_checkpoint
-from weighted_sum import weighted_sum
+try:
+    from checkpoints import CheckpointError, load_checkpoint
+    from weighted_sum import weighted_sum
+except ImportError:  # in a folder of convert.py --to=hf, which transformers makes a package of
+    from .checkpoints import CheckpointError, load_checkpoint
+    from .weighted_sum import weighted_sum
 
 
 @dataclass

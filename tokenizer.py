@@ -138,13 +138,48 @@ def tiktoken_codec(model):
     """What train_bpe learned, for tiktoken: the same ids, 8 times as fast, and the optional tokenizers isn't needed."""
     from tiktoken import Encoding
     from tiktoken_ext.openai_public import r50k_pat_str
-    shown = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-    hidden = [byte for byte in range(256) if byte not in shown]  # GPT-2 writes these as the characters from 256
-    byte = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    vocab = dict(model["model"]["vocab"])
+    byte, vocab = byte_characters(), dict(model["model"]["vocab"])
     end = vocab.pop(END)
     ranks = {bytes(byte[c] for c in token): id for token, id in vocab.items()}  # a merge's rank is its token's id
     return Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: end})
+
+
+def for_transformers(tokenizer):
+    """tokenizer.json's text for transformers: the same ids. A merge is the pair that makes a token of lower ranks."""
+    tokenizers, spec = require("tokenizers", "--to=hf"), tokenizer.spec
+    if spec["kind"] == "bpe":
+        return json.dumps(spec["model"])
+    if spec["kind"] == "char":
+        codec = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(spec["chars"])}, UNKNOWN))
+        codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        codec.decoder = tokenizers.decoders.Fuse()
+        return codec.to_str()
+    ranks = tokenizer.codec._mergeable_ranks
+    shown = {b: c for c, b in byte_characters().items()}
+
+    def text(token):
+        return "".join(shown[b] for b in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # as it was merged, lowest rank first
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges += [tuple(map(text, parts))] if len(parts) == 2 else []
+    vocab = {text(token): rank for token, rank in ranks.items()} | {END: tokenizer.end}
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    codec.add_special_tokens([END])
+    return codec.to_str()
+
+
+def byte_characters():
+    """{the character that GPT-2 writes for a byte: the byte}."""
+    shown = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    hidden = [byte for byte in range(256) if byte not in shown]  # these are the characters from 256
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def load_tiktoken_gpt2():

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import lines
+from conftest import TINY, lines
 from torch.nn import functional as F
 
 import convert
@@ -13,8 +13,10 @@ import sample
 import train
 from checkpoints import CheckpointError, load_checkpoint
 from configurator import UserError
+from edits import make_edits, parse
 from layouts import LAYOUTS, names, to_layout, to_ours
 from model import Backpack, BackpackConfig
+from tokenizer import for_transformers, load_tokenizer, train_bpe
 
 D, LAYERS, HEADS, K, T, V = 24, 2, 3, 4, 16, 40
 CONFIG = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": D, "vocab_size": V, "n_positions": T, "num_senses": K,
@@ -254,6 +256,68 @@ def test_bad_sources(tmp_path):
         imported(tmp_path, folder)
     with pytest.raises(UserError, match="this run has no tokenizer"):
         sample.main([f"--out_dir={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
+def test_a_tokenizer_for_transformers_gives_the_same_ids(kind):
+    from tokenizers import Tokenizer
+    spec = {"gpt2": {"kind": "gpt2"}, "char": {"kind": "char", "chars": "".join(sorted(set("".join(lines(99)))))}}
+    ours = load_tokenizer(spec.get(kind) or train_bpe(lines(99), 400))
+    theirs = Tokenizer.from_str(for_transformers(ours))
+    for text in lines(60) + (["It's 2,000 naïve 漢字 🙂\n\n  x\t "] if kind != "char" else []):
+        assert theirs.encode(text).ids == ours.encode(text).tolist()
+        assert theirs.decode(theirs.encode(text).ids) == text
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(a run's model, its folder for transformers, loaded)"""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("hf")
+    (folder / "t.txt").write_text("\n\n".join(lines(100)))
+    prepare_data.main([f"--data_dir={folder}", "--dataset=own", f"--input={folder / 't.txt'}", "--tokenizer=bpe",
+                       "--vocab_size=300", "--val_fraction=0.2", "--num_proc=1"])
+    train.main([*TINY, f"--data_dir={folder}", "--dataset=own", f"--out_dir={folder / 'run'}", "--block_size=32"])
+    convert.main([f"--source={folder / 'run'}", "--to=hf", f"--dest={folder / 'hf'}"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
+    return Backpack.from_checkpoint(folder / "run"), folder / "hf", model.eval()
+
+
+@torch.no_grad()
+def test_transformers_says_what_model_py_says(exported, tmp_path):
+    ours, folder, theirs = exported
+    x = torch.tensor([[5, 9, 1, 7, 7, 2]])
+    found = theirs(x, labels=x, output_senses=True, output_contextualization=True)
+    assert torch.allclose(found.logits, ours(x)[0], atol=1e-5)
+    assert torch.equal(found.senses, ours.senses(x)) and found.contextualization.shape == (1, 4, 6, 6)
+    assert abs(found.loss - ours(x[:, :-1], x[:, 1:])[1]) < 1e-5
+    how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    for use_cache in (True, False):
+        greedy = theirs.generate(x, attention_mask=torch.ones_like(x), use_cache=use_cache, **how)
+        assert torch.equal(greedy, ours.generate(x, 20, temperature=0))
+    batch, mask = torch.tensor([[0, 0, 5, 9], [3, 3, 8, 1]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    rows = theirs.generate(batch, attention_mask=mask, **how)
+    assert torch.equal(rows[0, 2:], ours.generate(batch[:1, 2:], 20, temperature=0)[0])
+    assert torch.equal(rows[1], ours.generate(batch[1:], 20, temperature=0)[0])
+    best = theirs.generate(x, attention_mask=torch.ones_like(x), num_beams=3, use_cache=True, **how)
+    assert torch.equal(best, theirs.generate(x, attention_mask=torch.ones_like(x), num_beams=3, use_cache=False, **how))
+    theirs.save_pretrained(tmp_path / "again")
+    again = type(theirs).from_pretrained(tmp_path / "again")
+    assert torch.equal(again.eval()(x).logits, theirs(x).logits)
+    letters = load_tokenizer({"kind": "char", "chars": "abcdefghij"})
+    ours.edits = theirs.backpack.edits = make_edits(ours, letters, parse("scale f 0 0"))
+    assert torch.allclose(theirs(x).logits, ours(x)[0], atol=1e-5) and not torch.allclose(theirs(x).logits, found.logits)
+    theirs.backpack.edits = ours.edits = None
+
+
+def test_an_exported_folder_has_its_tokenizer_and_card(exported):
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(load_checkpoint(exported[1].parent / "run")["meta"]["tokenizer"])
+    theirs = transformers.AutoTokenizer.from_pretrained(exported[1], trust_remote_code=True)
+    assert theirs("document 1 has").input_ids == ours.encode("document 1 has").tolist()
+    assert theirs.eos_token_id == ours.end and theirs.padding_side == "left"
+    card = (exported[1] / "README.md").read_text()
+    assert "2 layers, 2 heads, width 16, 4 senses" in card and "Steps: 12." in card and "Limits:" in card
 
 
 def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
