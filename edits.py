@@ -75,12 +75,15 @@ def read_edits(path):
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}") from None
     for n, edit in enumerate(edits if isinstance(edits, list) else [edits], 1):
         name = edit.get("edit") if isinstance(edit, dict) else None
-        need = re.findall(r"\w+", FORMS.get(name, ""))
+        need = re.findall(r"\{(\w+)\}", FORMS.get(name, ""))
         if name == "replace" and "vector" in edit:
             need = ["word", "sense", "vector"]
-        if not need or set(need) - {"by"} - edit.keys():
+        if not need or set(need) - edit.keys():
             raise UserError(f"{path}, edit {n}: " + (f"{name} needs {', '.join(need)}" if need else
                             f"expected {{\"edit\": one of {', '.join(FORMS)}, ...}}"))
+        for key in {"word", "words", "from", "to", "by"} & edit.keys():
+            if not isinstance(edit[key], str):
+                raise UserError(f"{path}, edit {n}: {key}={edit[key]!r} must be text")
     return edits
 
 
@@ -128,7 +131,7 @@ def make_edits(model, tokenizer, edits):
         for token, edit in of_words:
             if edit["edit"] == "scale":
                 which = slice(None) if edit["sense"] == "all" else sense(edit)
-                factor = number(edit, "factor", lambda value: value >= 0, "a number, at least 0")
+                factor = number(edit, "factor", lambda value: 0 <= value < np.inf, "a number, at least 0")
                 scale[index[token], which] *= factor
                 offset[index[token], which] *= factor
         topics = [topic_weights(model, tokenizer, edit["words"],

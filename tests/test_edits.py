@@ -246,6 +246,7 @@ def test_samples_without_and_with_edits(run_train, capsys):
 @pytest.mark.parametrize("edit, message", [
     ("scale a 0", "edit 'scale a 0': expected one of: scale word sense factor; swap word: from -> to;"),
     ("scala a 0 1", "edit 'scala a 0 1': expected one of"), ("scale a 4 0", "sense=4 must be from 0 to 3"),
+    ("scale a 1 Infinity", "factor=inf must be a number"),
     ("scale a 1 x", "factor='x' must be a number, at least 0"), ("scale a 1 -1", "factor=-1 must be"),
     ("scale ab 1 0", "'ab' is 2 tokens here, a b: this needs a word of one token"),
     ("scale x 1 0", "character 'x' is not among"), ("topic a 4", "strength=4 must be 1, 2 or 3"),
@@ -259,6 +260,8 @@ def test_bad_edits(edit, message):
 @pytest.mark.parametrize("text, message", [
     ("[", "not JSON"), ("{}", 'edit 1: expected {"edit": one of scale, swap, topic, replace'),
     ('[{"edit": "swap", "word": "a"}]', "edit 1: swap needs word, from, to"),
+    ('[{"edit": "scale", "word": 1, "sense": 0, "factor": 0}]', "edit 1: word=1 must be text"),
+    ('[{"edit": "replace", "word": "a", "sense": 0, "by_sense": 1}]', "replace needs word, sense, by, by_sense"),
     ('[{"edit": "replace", "word": "a", "vector": []}]', "edit 1: replace needs word, sense, vector"),
     ('[{"edit": "replace", "word": "a", "sense": 0, "vector": [1, 2]}]', "expected 16 numbers")])
 def test_bad_files(tmp_path, text, message):
