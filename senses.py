@@ -2,10 +2,10 @@
 
     python senses.py --out_dir=out/simplewiki --word=nurse,river                 what each sense says, high and low
     python senses.py --out_dir=out/simplewiki --word=nurse,river,king --sense=3  one sense of several words
+    python senses.py --out_dir=out/simplewiki --roles=True                       what each sense does, over all words
     python senses.py --out_dir=out/simplewiki --similar=river                    nearest words, by sense and over all
     python senses.py --out_dir=out/simplewiki --text="The nurse said that" --target=he --against=she
-    python senses.py --out_dir=out/simplewiki --word=nurse --plot=nurse.svg      --plot draws any of these
-    python senses.py --out_dir=out/simplewiki --word=nurse --text="The nurse said that" --html=page.html
+    python senses.py --out_dir=out/simplewiki --word=nurse --plot=nurse.svg      or draw any of these; or --html=FILE
 
 A word is looked up with a space before it, and one of several tokens has the mean of their senses (paper, section 5.2);
 "word" in double quotes is just what they enclose. In print a dot stands for a space.
@@ -33,6 +33,7 @@ class Settings:
     word: str = ""                   # words, with commas between them: what their senses say
     sense: int | None = None         # with word or similar: this sense only
     similar: str = ""                # words, with commas between them: which tokens have senses like theirs
+    roles: bool = False              # what each sense does, whatever the word
     text: str = ""                   # why does the model go on as it does?
     target: str | None = None        # with text: a token that may come next; None: the likeliest
     against: str | None = None       # ... and one to compare it with
@@ -103,8 +104,8 @@ def view_words(model, tokenizer, words, senses, n):
                 yield f"{l if sign == '+' else '':>3} {sign}" + fill(zip(names, values[l].tolist()))
     if len(senses) == 1 and len(words) > 1:
         width = max(10, 76 // len(words))
-        yield f"\nsense {senses[0]}: " + "highest tokens, then the lowest"
-        yield "  " + "".join(f"{word[:width - 2]:{width}}" for word in words)
+        titles = "".join(f"{word[:width - 2]:{width}}" for word in words)
+        yield f"\nsense {senses[0]}: highest tokens, then the lowest\n  {titles}"
         for sign, part in zip("+-", (0, 1)):
             for i in range(n):
                 row = [[numbers[senses[0], i].item() for numbers in found[word][part]] for word in words]
@@ -145,11 +146,24 @@ def view_text(model, tokenizer, found, n):
         for j, l in (divmod(i, parts.size(1)) for i in half):
             yield f"  {parts[j, l]:+8.3f}  sense {l:<3} of {names[j]} (position {j}), weight {alpha[j, l]:.3f}"
     rows = parts.abs().sum(1).topk(min(30, len(idx))).indices.sort().values.tolist()
-    some = "" if len(rows) == len(idx) else f" (the {len(rows)} positions of {len(idx)} that matter most)"
-    yield f"\nweights in %: who is looked at through which sense{some}"
+    yield f"\nweights in %: who is looked at through which sense ({len(rows)} of {len(idx)} positions)"
     yield from grid(100 * alpha[rows], [names[j] for j in rows])
     yield f"\nparts of the {what}, in tenths"
     yield from grid(10 * parts[rows], [names[j] for j in rows])
+
+
+def view_roles(model, tokenizer, n, most=1000):
+    """Lines: what a sense does whatever the word, over the words that a BPE learned first, which are frequent."""
+    ids = [i for i in range(model.config.vocab_size) if re.fullmatch(" ?[a-z]{4,}", tokenizer.decode([i]))][:most]
+    idx = torch.tensor(ids or [0], device=model.wte.weight.device)                                 # (N,)
+    top = torch.cat([says(model, model.senses(part), 10)[0].indices for part in idx.split(64)])    # (N,K,10)
+    own = (top == idx[:, None, None]).any(-1).float().mean(0)                                      # (K,)
+    yield f"of {len(idx)} words, in %: those whose ten highest tokens have the word itself; and tokens that most have"
+    for l in range(top.size(1)):
+        found, count = top[:, l].unique(return_counts=True)
+        order = count.argsort(descending=True)[:n]
+        shares = zip(found[order].tolist(), (100 * count[order] / len(idx)).tolist())
+        yield f"{l:3} {own[l]:6.0%}  " + "".join(f"  {shown(tokenizer, i)} {share:.0f}" for i, share in shares)
 
 
 def page(model, tokenizer, title, words, text, n, limit=5_000_000):
@@ -195,19 +209,20 @@ def main(argv):
     K, listed = model.config.n_sense, (read_edits(s.edits) if s.edits else []) + parse(s.edit)
     if not K:
         raise UserError(f"{s.out_dir} is a plain Transformer (n_sense=0): it has no senses")
-    if s.sense is not None and not 0 <= s.sense < K:
-        raise UserError(f"sense={s.sense} must be from 0 to {K - 1}")
-    if not 0 < s.top <= model.config.vocab_size:
-        raise UserError(f"top={s.top} must be from 1 to {model.config.vocab_size}")
+    for key, least, most in (("sense", 0, K - 1), ("top", 1, model.config.vocab_size)):
+        if getattr(s, key) is not None and not least <= getattr(s, key) <= most:
+            raise UserError(f"{key}={getattr(s, key)} must be from {least} to {most}")
     words, alike = ([m.strip() for m in re.findall(r'"[^"]+"|[^,]+', text)] for text in (s.word, s.similar))
-    if sum(map(bool, (words, alike, s.text))) != 1 and not s.html:
-        raise UserError("give one of --word=..., --similar=..., --text=..., or --html=FILE with any")
+    if sum(map(bool, (words, alike, s.text, s.roles))) != 1 and not s.html:
+        raise UserError("give one of --word=..., --similar=..., --text=..., --roles=True, or --html=FILE with any")
     model.edits, senses = make_edits(model, tokenizer, listed), range(K) if s.sense is None else [s.sense]
     with_edits = f" with {summary(listed)}" if listed else ""
     panels, heat, title = [], None, ""
     if s.html:
         Path(s.html).write_text(page(model, tokenizer, s.out_dir + with_edits, words + alike, s.text, 8))
         return print(f"{s.html}: {Path(s.html).stat().st_size / 1e6:.1f} MB, open it in a browser")
+    if s.roles:
+        print(*view_roles(model, tokenizer, s.top), sep="\n")
     if words:
         title = "What the senses say of " + ", ".join(words) + with_edits
         print(*view_words(model, tokenizer, words, senses, s.top), sep="\n")
@@ -224,9 +239,9 @@ def main(argv):
         found = explain(model, tokenizer, s.text, s.target, s.against)
         print(*view_text(model, tokenizer, found, s.top), sep="\n")
         idx, y, z, _, parts, _ = found
-        title = f"Logit of {shown(tokenizer, y)}" + (f" less that of {shown(tokenizer, z)}" if z is not None else "")
         heat = parts.T.cpu().numpy(), [shown(tokenizer, i) for i in idx.tolist()]
-        title += f": {parts.sum().item():+.2f}{with_edits}"
+        title = f"Logit of {shown(tokenizer, y)}" + (f" less that of {shown(tokenizer, z)}" if z is not None else "")
+        title += f": {parts.sum():+.2f}{with_edits}"
     if s.plot:
         draw(s.plot, title, panels, heat)
 

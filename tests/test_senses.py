@@ -94,7 +94,9 @@ def test_views_fit_a_terminal(look):
     assert "all (mean)" in near and near.count("sense") == 4
     text = look("--text=The nurse said that", "--target=he", "--against=she")
     assert "logit of ·he less that of ·she" in text and "weights in %" in text and "in tenths" in text
-    for line in "".join((word, one, near, text)).split("\n"):
+    roles = look("--roles=True", "--top=3")
+    assert len(roles.split("\n")) == 6
+    for line in "".join((word, one, near, text, roles.split("\n", 1)[1])).split("\n"):
         assert len(line) <= 80, line
 
 
