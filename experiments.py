@@ -233,6 +233,8 @@ def main(argv):
     stimuli = STIMULI | (json.loads(Path(s.prompts).read_text()) if s.prompts else {})
     if not (s.lexical or s.bias or s.topics or s.damage):
         raise UserError("give one of --lexical=FOLDER, --bias=True, --topics=True, --damage=FILE")
+    if s.lexical or s.bias:
+        require("scipy", "this experiment")  # before it begins
     print(f"{s.out_dir}: {model.num_params():,} parameters, step {ckpt['step']}")
     if s.lexical:
         lexical(model, tokenizer, s)
