@@ -1,7 +1,7 @@
 # A Backpack on Shakespeare's plays, with a byte-level BPE of 4,096 tokens learned from them.
 #   python prepare_data.py --dataset=shakespeare
 #   python train.py config/shakespeare.py && python sample.py --out_dir=out/shakespeare
-# hardware: 2 CPU cores, 8 minutes; validation loss 3.82, its Transformer (--n_sense=0) 3.89 (measured 2026-11-23)
+# hardware: 2 CPU cores, about 8 minutes; validation loss 3.82, its Transformer (--n_sense=0) 3.89 (measured 2026-11-23)
 
 out_dir = "out/shakespeare"
 dataset = "shakespeare"

@@ -1,7 +1,7 @@
 # A Backpack on Simple English Wikipedia, with a byte-level BPE of 8,192 tokens learned from it.
 #   python prepare_data.py --dataset=simplewiki
 #   python train.py config/simplewiki.py && python sample.py --out_dir=out/simplewiki
-# hardware: 2 CPU cores, 80 minutes; validation loss 3.80 (pretrained/simplewiki)
+# hardware: 2 CPU cores, 110 minutes beside other work; validation loss 3.80 (pretrained/simplewiki)
 # after 1,000 steps 4.94, its Transformer (--n_sense=0) 5.23 (measured 2026-11-23)
 
 out_dir = "out/simplewiki"
