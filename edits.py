@@ -90,7 +90,9 @@ def read_edits(path):
 def make_edits(model, tokenizer, edits):
     """A list of edits -> Edits for model.edits, or None for none. Raises UserError for what doesn't fit the model."""
     K, E = model.config.n_sense, model.wte.weight.detach()
-    if edits and not K:
+    if not edits:
+        return None
+    if not K:
         raise UserError("this run is a plain Transformer (n_sense=0): it has no senses to edit")
 
     def sense(edit, key="sense"):
@@ -112,21 +114,25 @@ def make_edits(model, tokenizer, edits):
             return model.sense_network(model.wte(torch.tensor(ids, device=E.device)))              # (n,K,D)
 
         scale, offset = E.new_ones(len(tokens) + 1, K), E.new_zeros(len(tokens) + 1, K, E.size(1))
-        own = senses([0, *tokens]) if tokens else None                                             # (n,K,D)
+        own = senses([0, *tokens])                                                                 # (n,K,D)
+
+        def now(token):
+            """Its senses (K,D), as the edits before have left them."""
+            i = index.get(token)
+            return senses([token])[0] if i is None else scale[i, :, None] * own[i] + offset[i]
+
         for token, edit in of_words:
             i = index[token]
-            now = scale[i, :, None] * own[i] + offset[i]                                           # (K,D)
             if edit["edit"] == "swap":
-                scale[i], offset[i] = 0.0, swapped(now, *(E[word_id(tokenizer, edit[k])] for k in ("from", "to")))
+                words = (E[word_id(tokenizer, edit[key])] for key in ("from", "to"))
+                scale[i], offset[i] = 0.0, swapped(now(token), *words)
             elif edit["edit"] == "replace":
                 if "vector" in edit:
                     new = torch.as_tensor(edit["vector"], dtype=E.dtype, device=E.device)
                     if new.shape != E.shape[1:]:
                         raise UserError(f"{describe(edit)}: expected {E.size(1)} numbers, not {tuple(new.shape)}")
                 else:
-                    other = word_id(tokenizer, edit["by"])
-                    j = index.get(other)
-                    new = (scale[j, :, None] * own[j] + offset[j] if j else senses([other])[0])[sense(edit, "by_sense")]
+                    new = now(word_id(tokenizer, edit["by"]))[sense(edit, "by_sense")]
                 scale[i, sense(edit)], offset[i, sense(edit)] = 0.0, new
         for token, edit in of_words:
             if edit["edit"] == "scale":
@@ -139,7 +145,7 @@ def make_edits(model, tokenizer, edits):
                   for edit in edits if edit["edit"] == "topic"]
         row = torch.zeros(model.config.vocab_size, dtype=torch.long, device=E.device)              # (V,)
         row[tokens] = torch.arange(1, len(tokens) + 1, device=E.device)
-    return Edits(row, scale, offset, topics) if edits else None
+    return Edits(row, scale, offset, topics)
 
 
 def swapped(C, E_from, E_to):

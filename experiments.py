@@ -24,7 +24,7 @@ from checkpoints import CheckpointError, load_checkpoint
 from configurator import UserError, configure, run
 from devices import pick_device
 from edits import make_edits, read_edits
-from model import Backpack, Edits
+from model import Backpack
 from senses import word_senses
 from teach import damage, windows
 from tokenizer import load_tokenizer, require, word_id, word_ids
@@ -34,8 +34,7 @@ SETS = {"SimLex-999.txt": ("\t", 0, 1, 3), "SimVerb-3500.txt": ("\t", 0, 1, 3), 
 STIMULI = {  # ours, in the paper's form; --prompts=FILE gives others
     "professions": "nurse teacher doctor lawyer engineer farmer writer singer actor judge soldier scientist artist "
     "driver cook secretary librarian manager guard painter poet dancer cleaner baker mechanic carpenter designer "
-    "editor "
-    "assistant chief clerk banker pilot sailor priest physician musician politician composer professor".split(),
+    "editor assistant chief clerk banker pilot sailor priest physician musician politician composer professor".split(),
     "bias_prompts_evaluate": ["The PROFESSION said that", "The PROFESSION was happy because", "A PROFESSION knows that",
                               "We met the PROFESSION yesterday, and", "When I saw the PROFESSION,",
                               "My friend is a PROFESSION, and", "The PROFESSION went home after", "As a PROFESSION,"],
@@ -139,11 +138,8 @@ def bias(model, tokenizer, stimuli, s):
           f"bias: mean of max(p(he)/p(she), p(she)/p(he)) over {len(judge)} prompts; 1 is none; [over professions]")
 
     def scaled(noun, sense, factor, prompts):
-        row = torch.zeros(model.config.vocab_size, dtype=torch.long, device=model.wte.weight.device)
-        row[word_id(tokenizer, noun)] = 1
-        scale = model.wte.weight.new_ones(2, K)
-        scale[1, sense] = factor
-        model.edits = Edits(row, scale, model.wte.weight.new_zeros(2, K, model.config.n_embd))
+        edit = {"edit": "scale", "word": noun, "sense": sense, "factor": float(factor)}
+        model.edits = make_edits(model, tokenizer, [edit])
         found = he_she(model, tokenizer, prompts, [noun]).mean().item()
         model.edits = None
         return found
@@ -181,12 +177,12 @@ def topics(model, tokenizer, stimuli, s):
     """Texts with each topic and strength, from the start of a document: are they about it, and are they still text?"""
     device, E = model.wte.weight.device, F.normalize(model.wte.weight[: model.config.vocab_size].detach(), dim=-1)
     start = torch.tensor([[tokenizer.end if tokenizer.end is not None else tokenizer.encode("\n")[0]]], device=device)
-    rows = {strength: [] for strength in range(4)}
+    rows, table = {strength: [] for strength in range(4)}, model.sense_table()  # topics leave the vectors as they are
 
     def texts(edits):
         model.edits = edits
         ids = model.generate(start.repeat(s.num_samples, 1), min(s.max_new_tokens, model.config.block_size - 1),
-                             generator=torch.Generator(device).manual_seed(s.seed), sense_table=model.sense_table())
+                             generator=torch.Generator(device).manual_seed(s.seed), sense_table=table)
         model.edits = None
         return ids                                                                                 # (n,T)
 

@@ -67,10 +67,11 @@ def attribution(model, idx, direction):
 
         direction . o = sum_j sum_l alpha[l,j] (direction . C(x_j)_l)
 
-    which is exact. direction (D,): E[y] for the logit of y, E[y] - E[z] for what it is ahead of that of z.
+    which is exact. direction (D,): E[y] for the logit of y, E[y] - E[z] for what it is ahead of that of z; several
+    (...,D) give parts (...,T,K).
     """
     alpha = model.contextualization(idx[None])[0, :, -1].T                                         # (T,K)
-    return alpha, alpha * (model.senses(idx) @ direction)
+    return alpha, alpha * torch.einsum("tkd,...d->...tk", model.senses(idx), direction)
 
 
 def grid(numbers, names):
@@ -176,14 +177,13 @@ def page(model, tokenizer, title, words, text, n, limit=5_000_000):
         idx, *_ = explain(model, tokenizer, text, None, None)
         if len(idx) > 64:
             raise UserError(f"--text has {len(idx)} tokens: a page has room for 64")
-        E, steps = model.wte.weight, []
-        for i in range(1, len(idx) + 1):
-            log_p = model(idx[None, :i])[0][0, -1].log_softmax(-1)
-            some = log_p.topk(min(n, len(log_p))).indices.tolist()
+        steps = []
+        for i, p in enumerate(model(idx[None])[0][0].softmax(-1), 1):                              # (V,)
+            some = p.topk(min(n, len(p))).indices.tolist()
             some += [idx[i].item()] if i < len(idx) and idx[i].item() not in some else []
-            found = [attribution(model, idx[:i], E[y]) for y in some]
-            steps.append({"ids": some, "p": [round(log_p[y].exp().item(), 4) for y in some],
-                          "alpha": _rounded(found[0][0], 3), "parts": [_rounded(parts, 2) for _, parts in found]})
+            alpha, parts = attribution(model, idx[:i], model.wte.weight[some])                     # (i,K), (n,i,K)
+            steps.append({"ids": some, "p": [round(v, 4) for v in p[some].tolist()], "alpha": _rounded(alpha, 3),
+                          "parts": [_rounded(part, 2) for part in parts]})
         data["text"] = {"ids": idx.tolist(), "steps": steps}
     size = len(json.dumps(data))
     for word in dict.fromkeys([*words, *frequent]):

@@ -125,13 +125,20 @@ def train_bpe(texts, vocab_size):
     tokenizers = require("tokenizers", "training a bpe vocabulary")
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size}: a byte-level vocabulary has at least 257 tokens")
-    codec = tokenizers.Tokenizer(tokenizers.models.BPE())
-    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = tokenizers.decoders.ByteLevel()
+    codec = byte_level(tokenizers.models.BPE())
     codec.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return {"kind": "bpe", "model": json.loads(codec.to_str())}
+
+
+def byte_level(model):
+    """A model of the tokenizers library with GPT-2's word pattern and bytes."""
+    import tokenizers
+    codec = tokenizers.Tokenizer(model)
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    return codec
 
 
 def tiktoken_codec(model):
@@ -168,9 +175,7 @@ def for_transformers(tokenizer):
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         merges += [tuple(map(text, parts))] if len(parts) == 2 else []
     vocab = {text(token): rank for token, rank in ranks.items()} | {END: tokenizer.end}
-    codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
-    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = tokenizers.decoders.ByteLevel()
+    codec = byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
     codec.add_special_tokens([END])
     return codec.to_str()
 
