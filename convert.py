@@ -155,13 +155,11 @@ def import_run(s):
         "dataset": "", "source": s.source, "source_layout": layout, "source_rows": rows, "source_sha256": sha}}
     with torch.device("meta"):
         Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
-    temporary = out.with_name(out.name + ".tmp")  # no half run is left
-    save_checkpoint(temporary / "ckpt.pt", ckpt)
-    (temporary / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
-    (temporary / "meta.json").write_text(json.dumps(meta))
-    if out.exists():
-        shutil.rmtree(out)
-    temporary.rename(out)
+    save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all
+    for name in ("best.pt", "metrics.jsonl"):  # of the run before
+        (out / name).unlink(missing_ok=True)
+    (out / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
+    (out / "meta.json").write_text(json.dumps(meta))
     print(f"{layout}: {report['renamed']} tensors, {len(report['transposed'])} transposed, "
           f"{len(report['dropped'])} dropped (repeated, or masks); "
           f"{sum(map(torch.numel, state.values())):,} parameters\n{out}: {config}\ntokenizer: {kind}")
@@ -171,6 +169,8 @@ def export(s):
     ckpt, dest = load_checkpoint(s.source), Path(s.dest)
     safetensors, config = require("safetensors.torch", "--to"), ckpt["config"]
     sizes = {f.name: config[f.name] for f in fields(BackpackConfig) if f.name in config}
+    if (dest / "ckpt.pt").exists():
+        raise UserError(f"{dest} has a run: give another --dest")
     dest.mkdir(parents=True, exist_ok=True)
     if s.to == "hf":
         tensors = {f"backpack.{name}": tensor for name, tensor in ckpt["model"].items()}

@@ -323,6 +323,22 @@ def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     assert "2 layers, 2 heads, width 16, 4 senses" in card and "Steps: 12." in card and "Limits:" in card
 
 
+def test_what_lies_in_a_folder_stays(tmp_path):
+    """An import into a folder that has no run, such as the one of all runs, takes nothing away; over a run, its logs."""
+    folder, out = source(tmp_path / "hf", random_hf()), tmp_path / "run"
+    (out / "other").mkdir(parents=True)
+    (out / "other/ckpt.pt").write_text("a run")
+    imported(tmp_path, folder)
+    assert (out / "other/ckpt.pt").read_text() == "a run"
+    (out / "metrics.jsonl").write_text("of the run before")
+    imported(tmp_path, folder, "--overwrite=True")
+    assert (out / "other/ckpt.pt").exists() and not (out / "metrics.jsonl").exists()
+    before = (out / "config.json").read_text()
+    with pytest.raises(UserError, match="has a run: give another --dest"):
+        convert.main([f"--source={out}", "--to=backpack-gpt2", f"--dest={out}"])
+    assert (out / "config.json").read_text() == before
+
+
 def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")))
