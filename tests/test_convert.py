@@ -324,7 +324,7 @@ def test_an_exported_folder_has_its_tokenizer_and_card(exported):
 
 
 def test_what_lies_in_a_folder_stays(tmp_path):
-    """An import into a folder that has no run, such as the one of all runs, takes nothing away; over a run, its logs."""
+    """An import into a folder without a run, such as the one of all runs, takes nothing away; over a run, its logs."""
     folder, out = source(tmp_path / "hf", random_hf()), tmp_path / "run"
     (out / "other").mkdir(parents=True)
     (out / "other/ckpt.pt").write_text("a run")
