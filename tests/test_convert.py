@@ -2,6 +2,8 @@ import hashlib
 import json
 import math
 import pickle
+import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ import convert
 import prepare_data
 import sample
 import train
-from checkpoints import CheckpointError, load_checkpoint
+from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, weights_only
 from configurator import UserError
-from edits import make_edits, parse
-from layouts import LAYOUTS, names, to_layout, to_ours
+from edits import make_edits, parse, read_edits
+from layouts import LAYOUTS, names, to_layout
 from model import Backpack, BackpackConfig
 from tokenizer import for_transformers, load_tokenizer, train_bpe
 
@@ -134,16 +136,64 @@ def test_levanters_sum_is_divided(tmp_path):
     assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(w, ids, mean=True), atol=1e-4, rtol=1e-4)
 
 
+def tensors_of(folder):
+    return pytest.importorskip("safetensors.torch").load_file(folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_round_trip(layout):
-    senses = 0 if "gpt2" in layout and layout != "backpack-gpt2" else K
+def test_round_trip_of_tensors_and_settings(layout, tmp_path):
+    """A run -> the layout -> a run -> the layout: all that the layout can say comes back as it was."""
+    changes = {"gpt2": {"n_sense": 0}, "lightning-gpt2": {"n_sense": 0}, "lightning": {"sense_mlp_ratio": 1},
+               "levanter": {"sense_mean": True, "sense_out_ratio": 2}, "backpack-gpt2": {"sense_out_ratio": 3},
+               "hf": {"n_qk": 5, "bias": False, "sense_mean": True, "sense_mlp_ratio": 2, "sense_out_ratio": 3}}
     torch.manual_seed(0)
-    state = Backpack(BackpackConfig(T, V, LAYERS, HEADS, D, senses)).state_dict()
-    theirs = to_layout(state, layout)
-    back, report = to_ours(theirs, layout)
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    again = to_layout(back, layout)
+    config = BackpackConfig(**{"block_size": T, "vocab_size": V - 3, "n_layer": LAYERS, "n_head": HEADS, "n_embd": D,
+                               "n_sense": K, "inverse_layer_scale": False} | changes[layout])
+    save_checkpoint(tmp_path / "a/ckpt.pt", {"model": Backpack(config).state_dict(), "config": asdict(config),
+                                             "step": 0, "meta": {"tokenizer": None}})
+    for run, folder in (("a", "there"), ("b", "again")):
+        convert.main([f"--out_dir={tmp_path / run}", f"--to={layout}", f"--dest={tmp_path / folder}"])
+        convert.main([f"--source={tmp_path / 'there'}", f"--out_dir={tmp_path / 'b'}", "--overwrite=True"])
+    theirs, again = tensors_of(tmp_path / "there"), tensors_of(tmp_path / "again")
     assert again.keys() == theirs.keys() and all(torch.equal(again[name], theirs[name]) for name in theirs)
+    a, b = (Backpack.from_checkpoint(tmp_path / run) for run in "ab")
+    x = torch.tensor([[1, 36, 3, 3]])
+    assert a.config == b.config == config and torch.equal(a(x)[0], b(x)[0])
+
+
+@pytest.mark.parametrize("layout, changes, key", [
+    ("gpt2", {}, "n_sense=4"), ("backpack-gpt2", {"n_sense": 0}, "n_sense=0"), ("lightning", {"n_qk": 3}, "n_qk=3"),
+    ("levanter", {}, "sense_mean=False"), ("backpack-gpt2", {"sense_mlp_ratio": 1}, "sense_mlp_ratio=1"),
+    ("lightning", {"bias": False}, "bias=False")])
+def test_what_a_layout_can_not_say_is_refused(layout, changes, key):
+    config = BackpackConfig(**{"block_size": T, "vocab_size": V, "n_layer": LAYERS, "n_head": HEADS, "n_embd": D,
+                               "n_sense": K} | changes)
+    with pytest.raises(UserError, match=f"the layout {layout} has no place for {key}: --to=hf has"):
+        to_layout(Backpack(config).state_dict(), config, layout, V)
+
+
+def test_a_narrow_last_sense_mlp(tmp_path):
+    """sense_intermediate_scale of the published config.json: the last MLP's width only."""
+    w, ids = random_hf(), [3, 1, 39]
+    final = "backpack.sense_network.final_mlp"
+    for name, dim in (("c_fc.weight", 1), ("c_fc.bias", 0), ("c_proj.weight", 0)):
+        w[f"{final}.{name}"] = w[f"{final}.{name}"].narrow(dim, 0, 2 * D).clone()
+    model = imported(tmp_path, source(tmp_path / "hf", w))
+    assert model.config.sense_mlp_ratio == 4 and model.config.sense_out_ratio == 2
+    assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(w, ids), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_transformers_own_gpt2_reads_what_we_write(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = BackpackConfig(T, V - 3, LAYERS, HEADS, D, n_sense=0, init_std=0.2)
+    model, x = Backpack(config).eval(), torch.tensor([[1, 36, 3, 3]])
+    save_checkpoint(tmp_path / "run/ckpt.pt", {"model": model.state_dict(), "config": asdict(config), "step": 0,
+                                               "meta": {"tokenizer": None}})
+    convert.main([f"--out_dir={tmp_path / 'run'}", "--to=gpt2", f"--dest={tmp_path / 'gpt2'}"])
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2", attn_implementation="eager").eval()
+    assert torch.allclose(theirs(x).logits, model(x)[0], atol=1e-5)
 
 
 def test_fused_norms_belong_to_the_sublayer_before():
@@ -156,6 +206,10 @@ def test_fused_norms_belong_to_the_sublayer_before():
                          ("content_model.layers.0.norm2", "sense_network.ln_2"),
                          ("content_model.final_mlp.fc2", "sense_network.mlp_out.proj")):
         assert found[base + theirs] == ours
+
+
+class Weights(dict):  # what trust_pickle is for
+    pass
 
 
 class Config:  # pickled by name, as OmegaConf's in the authors' files
@@ -171,7 +225,7 @@ class Evil:
 def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
     torch.manual_seed(0)
     model = Backpack(BackpackConfig(T, V, 6, 6, 384, 16, sense_mlp_ratio=1)).eval()
-    tensors = to_layout(model.state_dict(), "lightning")
+    tensors = to_layout(model.state_dict(), model.config, "lightning", V)
     torch.save({"state_dict": {k: v.half() for k, v in tensors.items()}, "hyper_parameters": Config(), "evil": Evil(),
                 "optimizer_states": [{"state": {0: {"step": 3}}}]}, tmp_path / "mini.ckpt")
     ours = imported(tmp_path, tmp_path / "mini.ckpt", "--dtype=float32")
@@ -181,7 +235,7 @@ def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
     x = torch.tensor([[1, 2, 3]])
     assert torch.allclose(ours(x)[0], model.half().float()(x)[0], atol=1e-5)
     assert load_checkpoint(tmp_path / "run")["model"]["wte.weight"].dtype == torch.float32
-    convert.main([f"--source={tmp_path / 'run'}", "--to=lightning", f"--dest={tmp_path / 'back'}"])
+    convert.main([f"--out_dir={tmp_path / 'run'}", "--to=lightning", f"--dest={tmp_path / 'back'}"])
     back = imported(tmp_path, tmp_path / "back", "--overwrite=True")
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values()))
 
@@ -193,7 +247,8 @@ def test_gpt2_as_a_baseline_and_with_new_senses(tmp_path):
                        "--val_fraction=0.2", "--num_proc=1"])
     torch.manual_seed(0)
     model = Backpack(BackpackConfig(T, 50257, LAYERS, 2, 16, 0, inverse_layer_scale=False))
-    tensors = {f"transformer.{k}": v for k, v in to_layout(model.state_dict(), "gpt2", 50257).items() if k[:2] != "lm"}
+    tensors = to_layout(model.state_dict(), model.config, "gpt2", 50257)
+    tensors = {f"transformer.{k}": v for k, v in tensors.items() if k != "lm_head.weight"}
     assert tensors["transformer.wte.weight"].shape == (50257, 16)
     folder = source(tmp_path / "gpt2", tensors, {"n_head": 2})
     plain = imported(tmp_path, folder)
@@ -237,9 +292,12 @@ def test_bad_sources(tmp_path):
         (folder / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(UserError, match="is truncated or holds no tensors"):
             imported(tmp_path, folder)
-    torch.save(Config(), folder / "pytorch_model.bin")
+    torch.save(Weights(random_hf()), folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="--trust_pickle=True loads it, and executes"):
         imported(tmp_path, folder)
+    assert not (tmp_path / "run").exists()
+    imported(tmp_path, folder, "--trust_pickle=True")
+    shutil.rmtree(tmp_path / "run")
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="has no .*safetensors"):
         imported(tmp_path, folder)
@@ -248,6 +306,13 @@ def test_bad_sources(tmp_path):
         imported(tmp_path, folder)
     source(folder, random_hf(), {})
     with pytest.raises(UserError, match="give --n_head"):
+        imported(tmp_path, folder)
+    with pytest.raises(UserError, match="n_embd=24 must be divisible by n_head=5"):
+        imported(tmp_path, folder, "--n_head=5")
+    with pytest.raises(UserError, match="has 40 rows, fewer than a vocabulary of 50257"):
+        imported(tmp_path, folder, "--n_head=3", "--tokenizer=gpt2")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is no JSON"):
         imported(tmp_path, folder)
     for args, message in ((["--layout=what"], "layout='what': expected one of auto"), ([], "give --source")):
         with pytest.raises(UserError, match=message):
@@ -280,7 +345,7 @@ def exported(tmp_path_factory):
     prepare_data.main([f"--data_dir={folder}", "--dataset=own", f"--input={folder / 't.txt'}", "--tokenizer=bpe",
                        "--vocab_size=300", "--val_fraction=0.2", "--num_proc=1"])
     train.main([*TINY, f"--data_dir={folder}", "--dataset=own", f"--out_dir={folder / 'run'}", "--block_size=32"])
-    convert.main([f"--source={folder / 'run'}", "--to=hf", f"--dest={folder / 'hf'}"])
+    convert.main([f"--out_dir={folder / 'run'}", "--to=hf", f"--dest={folder / 'hf'}"])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
     return Backpack.from_checkpoint(folder / "run"), folder / "hf", model.eval()
 
@@ -306,11 +371,50 @@ def test_transformers_says_what_model_py_says(exported, tmp_path):
     theirs.save_pretrained(tmp_path / "again")
     again = type(theirs).from_pretrained(tmp_path / "again")
     assert torch.equal(again.eval()(x).logits, theirs(x).logits)
-    letters = load_tokenizer({"kind": "char", "chars": "abcdefghij"})
-    ours.edits = theirs.backpack.edits = make_edits(ours, letters, parse("scale f 0 0"))
-    assert torch.allclose(theirs(x).logits, ours(x)[0], atol=1e-5)
-    assert not torch.allclose(theirs(x).logits, found.logits)
-    theirs.backpack.edits = ours.edits = None
+
+
+@torch.no_grad()
+def test_an_export_has_its_edits_and_comes_back(exported, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, folder, _ = exported
+    (tmp_path / "e.json").write_text(json.dumps(parse('scale "d" 0 0; swap "o": "d" -> "c"; topic "w" 3')))
+    ckpt = load_checkpoint(folder.parent / "run")
+    save_checkpoint(tmp_path / "small/ckpt.pt", weights_only(ckpt))  # half precision in the file
+    x, plain = torch.from_numpy(load_tokenizer(ckpt["meta"]["tokenizer"]).encode("document two"))[None], []
+    for name, args in (("plain", []), ("edited", [f"--edits={tmp_path / 'e.json'}"])):
+        convert.main([f"--out_dir={tmp_path / 'small'}", "--to=hf", f"--dest={tmp_path / name}", *args])
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
+        theirs.save_pretrained(tmp_path / f"{name} saved")
+        shutil.copy(tmp_path / name / "tokenizer.json", tmp_path / f"{name} saved")
+        convert.main([f"--source={tmp_path / f'{name} saved'}", f"--out_dir={tmp_path / f'{name} back'}"])
+        back = Backpack.from_checkpoint(tmp_path / f"{name} back")
+        ours = Backpack.from_checkpoint(tmp_path / "small")
+        if args:
+            ours.edits = make_edits(ours, load_tokenizer(ckpt["meta"]["tokenizer"]), read_edits(tmp_path / "e.json"))
+        assert theirs.dtype == torch.float32
+        for logits in (back(x)[0], theirs(x).logits, theirs(x, use_cache=False).logits):
+            assert torch.allclose(logits, ours(x)[0], atol=1e-5)
+        plain.append(ours(x)[0])
+        assert load_checkpoint(tmp_path / f"{name} back")["meta"]["tokenizer"] == ckpt["meta"]["tokenizer"]
+    assert not torch.allclose(*plain, atol=1e-2)
+    assert 'swap "o": "d" -> "c"' in (tmp_path / "edited/README.md").read_text()
+    with pytest.raises(UserError, match="has no place for edits"):
+        convert.main([f"--out_dir={tmp_path / 'small'}", "--to=lightning", f"--dest={tmp_path / 'l'}", *args])
+
+
+def test_an_export_is_whole_or_not_there(exported, tmp_path, monkeypatch):
+    args = [f"--out_dir={exported[1].parent / 'run'}", "--to=hf", f"--dest={tmp_path / 'hf'}"]
+    convert.main(args)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    with pytest.raises(UserError, match="is not empty: --overwrite=True"):
+        convert.main(args)
+    monkeypatch.setattr("export.card", lambda *a: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        convert.main([*args, "--overwrite=True"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    monkeypatch.undo()
+    convert.main([*args, "--overwrite=True"])
 
 
 def test_an_exported_folder_has_its_tokenizer_and_card(exported):
@@ -320,7 +424,9 @@ def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     assert theirs("document 1 has").input_ids == ours.encode("document 1 has").tolist()
     assert theirs.eos_token_id == ours.end and theirs.padding_side == "left"
     card = (exported[1] / "README.md").read_text()
-    assert "2 layers, 2 heads, width 16, 4 senses" in card and "Steps: 12." in card and "Limits:" in card
+    for words in ("2 layers, 2 heads, width 16, 4 senses", "12 steps of 64 tokens", "**Data**: own,", "**Limits**",
+                  f"{records(exported[1].parent / 'run', 'val_loss')[12]:.3f} (12)"):
+        assert words in card
 
 
 def test_what_lies_in_a_folder_stays(tmp_path):
@@ -335,7 +441,7 @@ def test_what_lies_in_a_folder_stays(tmp_path):
     assert (out / "other/ckpt.pt").exists() and not (out / "metrics.jsonl").exists()
     before = (out / "config.json").read_text()
     with pytest.raises(UserError, match="has a run: give another --dest"):
-        convert.main([f"--source={out}", "--to=backpack-gpt2", f"--dest={out}"])
+        convert.main([f"--out_dir={out}", "--to=backpack-gpt2", f"--dest={out}"])
     assert (out / "config.json").read_text() == before
 
 

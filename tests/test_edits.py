@@ -51,7 +51,16 @@ def test_a_sense_at_zero_contributes_exactly_zero():
     assert torch.equal(after[keep], before[keep])  # all else bit for bit
     with torch.no_grad():
         assert (senses.attribution(model, idx[0], model.wte.weight[3])[1][[0, 2], 2] == 0).all()
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights.items())
+
+
+@torch.no_grad()
+def test_an_edited_model_is_saved_with_its_edits():
+    model, idx = edited(tiny(torch.float32), ALL), torch.tensor([[0, 1, 0, 2]])
+    again = Backpack.from_checkpoint({"model": model.state_dict(), "config": vars(model.config)})
+    assert torch.equal(again(idx)[0], model.eval()(idx)[0])
+    again.edits = None
+    assert not torch.equal(again(idx)[0], model(idx)[0])
 
 
 def test_edits_of_other_tokens_leave_logits_bit_for_bit():
@@ -92,7 +101,8 @@ def test_order_vectors_first_each_upon_those_before_then_weights():
 
 def test_topic_weights_are_the_papers():
     model = tiny()
-    E, (w, f) = model.wte.weight.detach(), edited(model, "topic d,e 2").edits.topics[0]
+    E, edits = model.wte.weight.detach(), edited(model, "topic d,e 2").edits
+    (w,), (f,) = edits.w, edits.f
     scores = np.zeros((8, 4))
     for x in range(8):
         C = model.senses(torch.tensor(x)).detach()
@@ -114,7 +124,7 @@ def annealed(model, ids):
             for sense in range(model.config.n_sense):
                 a = sum(max(0.0, float(E[x] @ C[j, sense])) for x in ids[: i + 1])
                 weight = 1.0
-                for w, f in model.edits.topics:
+                for w, f in zip(model.edits.w, model.edits.f):
                     b = (1 + j / 100) / (1 + math.exp(f * a - 6))
                     weight *= b * float(w[ids[j], sense]) + 1 - b
                 found[sense, i, j] = weight
@@ -124,9 +134,9 @@ def annealed(model, ids):
 @torch.no_grad()
 def test_annealing_is_the_papers_and_the_sum_has_it():
     model, ids = edited(tiny(), ALL), [0, 3, 1, 5, 0, 7]
-    topics, model.edits.topics = model.edits.topics, []
+    f, model.edits.f = model.edits.f, model.edits.f[:0]
     alpha = model.contextualization(torch.tensor([ids]))[0]
-    model.edits.topics = topics
+    model.edits.f = f
     C, want = model.senses(torch.tensor(ids)), annealed(model, ids)
     for i in range(len(ids)):
         o = sum(want[sense, i, j] * alpha[sense, i, j] * C[j, sense] for j in range(i + 1) for sense in range(4))
