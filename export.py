@@ -119,7 +119,7 @@ tags: [backpack]
 USE = """
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
     found = model(**tokenizer("The river", return_tensors="pt"), output_senses=True, output_contextualization=True)
 
 Each token has sense vectors that depend on nothing else, `found.senses`; the logits are linear in their sum with the

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from batches import load_data, take
+from batches import documents, load_data, take
 from checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from configurator import UserError, configure, describe, run
 from devices import autocast, flops_per_token, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
@@ -53,7 +53,7 @@ class Settings(BackpackConfig):
     eval_interval: int = 1000        # steps between evaluations, each with a checkpoint
     eval_iters: int = 4              # evaluate on this many times tokens_per_step, evenly spaced over val.bin
     full_val: bool = False           # evaluate on all of val.bin, in disjoint windows
-    eval_only: bool = False          # evaluate, print, exit; writes nothing
+    eval_only: bool = False          # evaluate, print, exit; writes nothing. With full_val also word perplexity
     save_best: bool = False          # also keep best.pt, the checkpoint of the lowest validation loss
     log_interval: int = 10           # steps between progress lines
     device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
@@ -179,8 +179,7 @@ def main(argv):
     s, sources = configure(Settings, argv, __doc__)
 
     # ---- set-up: processes, device, checks
-    rank, world, local_rank = (int(os.environ.get(*key)) for key in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local_rank = (int(os.environ.get(*k)) for k in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
     say(f"train.py\n{describe(s, sources)}")
     ckpt = start_values(s, sources)
@@ -274,17 +273,16 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         return total.tolist()
 
     # ---- evaluate: all ranks together, on the same windows of val.bin every time and for any number of ranks
-    windows = np.arange(0, len(val_data) - 1, s.block_size)
+    windows = np.arange(0, len(val_data) - 1, s.block_size)[:, None] + [0, 1, s.block_size + 1]
     if not s.full_val and (some := s.eval_iters * s.tokens_per_step // s.block_size) < len(windows):
         windows = windows[np.linspace(0, len(windows) - 1, some).astype(int)]
-
     @torch.no_grad()
-    def evaluate():
-        """(mean loss over the windows, number of tokens)"""
+    def evaluate(windows):
+        """(mean loss over windows (n,3), each with its start, what it predicts first, its stop; number of tokens)"""
         model.eval()
         loss, mine = np.zeros(2), windows[rank::world]
         for i in range(0, len(mine), B):
-            x, y, _, count = take(val_data, mine[i : i + B], s, device)
+            x, y, _, count = take(val_data, mine[i : i + B, 0], s, device, *mine[i : i + B, 1:].T)
             with autocast(device, dtype):  # the plain model: one graph less to compile, and no rule for shapes
                 loss += np.array([model(x, y)[1].item(), 1]) * count
         model.train()
@@ -292,8 +290,12 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         return total / count, int(count)
 
     if s.eval_only:
-        loss, count = evaluate()
-        return say(f"step {step}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {count:,} tokens")
+        loss, count = evaluate(windows)
+        say(f"step {step}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {count:,} tokens")
+        if s.full_val and (found := documents(val_data, meta["tokenizer"], s.block_size)):
+            loss, count = evaluate(found[0])
+            say(f"by document: word perplexity {math.exp(min(loss * count / found[1], 700)):.2f}, {found[1]:,} words")
+        return
 
     # ---- the run's folder and logs
     wandb_run = None
@@ -340,7 +342,7 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     peak, begin, times, stopping, run_began = peak_flops(device, dtype), step, deque(maxlen=s.log_interval), False, None
     while not stopping:
         if step % s.eval_interval == 0 or step == s.max_iters:
-            loss, count = evaluate()
+            loss, count = evaluate(windows)
             log(step=step, val_loss=loss)
             say(f"step {step}/{s.max_iters}  val loss {loss:.4f}  ({count:,} tokens)")
             if loss < best:

@@ -341,7 +341,7 @@ def exported(tmp_path_factory):
     """(a run's model, its folder for transformers, loaded)"""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("hf")
-    (folder / "t.txt").write_text("\n\n".join(lines(100)))
+    (folder / "t.txt").write_text("\n\n".join(map("\n".join, zip(lines(100), lines(100, 100)))))
     prepare_data.main([f"--data_dir={folder}", "--dataset=own", f"--input={folder / 't.txt'}", "--tokenizer=bpe",
                        "--vocab_size=300", "--val_fraction=0.2", "--num_proc=1"])
     train.main([*TINY, f"--data_dir={folder}", "--dataset=own", f"--out_dir={folder / 'run'}", "--block_size=32"])
@@ -427,6 +427,30 @@ def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     for words in ("2 layers, 2 heads, width 16, 4 senses", "12 steps of 64 tokens", "**Data**: own,", "**Limits**",
                   f"{records(exported[1].parent / 'run', 'val_loss')[12]:.3f} (12)"):
         assert words in card
+
+
+@torch.no_grad()
+def test_word_perplexity_is_what_the_exported_folder_gives_each_document(exported, capsys):
+    """As lm-eval-harness scores: end-of-text before a document, windows of 32 tokens, the last one full, too."""
+    folder, model = exported[1].parent, exported[2]
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1], trust_remote_code=True)
+    ids = np.fromfile(folder / "own/val.bin", "<u2").tolist()
+    texts = tokenizer.decode(ids).split("<|endoftext|>")[:-1]
+    total, n_words, n_windows = 0.0, 0, 0
+    for text in texts:
+        tokens = [tokenizer.eos_token_id, *tokenizer(text).input_ids]
+        for i in range(0, len(tokens) - 1, 32):
+            y = tokens[i + 1 : i + 33]
+            x = tokens[: i + 33][:-1][-32:]
+            log_p = model(torch.tensor([x])).logits[0].log_softmax(-1)[-len(y) :]
+            total, n_windows = total + sum(log_p[j, t].item() for j, t in enumerate(y)), n_windows + 1
+        n_words += len(text.split())
+    train.main([f"--init_from={folder / 'run'}", f"--data_dir={folder}", "--dataset=own", "--tokens_per_step=64",
+                "--batch_size=2", "--eval_only=True", "--full_val=True", "--device=cpu"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert len(texts) < n_windows and last.endswith(f", {n_words:,} words")
+    assert abs(float(last.split()[4][:-1].replace(",", "")) / math.exp(-total / n_words) - 1) < 1e-3
 
 
 def test_what_lies_in_a_folder_stays(tmp_path):

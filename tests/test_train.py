@@ -153,11 +153,11 @@ def test_eval_only_writes_nothing(run_train):
 def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, number, capsys):
     whole, take, draws = run_train("--dropout=0.1"), train.take, []
 
-    def kill_in_step_6(tokens, starts, s, device):
+    def kill_in_step_6(tokens, starts, *args):
         draws.append(len(starts))
         if len(draws) == 1 + 2 * 2 + 6:  # a probe and two evaluations of two batches came before
             os.kill(os.getpid(), number)
-        return take(tokens, starts, s, device)
+        return take(tokens, starts, *args)
     monkeypatch.setattr(train, "take", kill_in_step_6)
     cut = run_train("--dropout=0.1", out="cut")
     assert "stopped by a signal after step 6" in capsys.readouterr().out and load_checkpoint(cut)["step"] == 6
