@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from batches import load_data, take
+from checkpoints import CheckpointError, load_checkpoint
 from configurator import UserError, configure, run
 from devices import autocast, flops_per_token, peak_flops, peak_memory, pick_device, pick_dtype
 from model import Backpack, BackpackConfig
@@ -28,7 +29,7 @@ from train import Settings as TrainSettings
 
 @dataclass
 class Settings:
-    config: str = "config/shakespeare_char.py"  # the network and the dataset
+    config: str = "config/shakespeare_char.py"  # the network and the dataset: a config file, or a run
     dataset: str | None = None       # None: the config's
     data_dir: str = "data"
     batch_size: int | None = None    # sequences of a micro-batch; None: the config's
@@ -60,9 +61,11 @@ class Dense(Backpack):
 
 def setup(s, variant):
     """What is measured of a variant: its model, batch() -> what step (training) and forward take, its device."""
-    given = {k: getattr(s, k) for k in ("dataset", "data_dir", "batch_size", "block_size", "dropout")}
-    given["n_sense"] = 0 if variant == "transformer" else s.n_sense
-    own, _ = configure(TrainSettings, [s.config, *(f"--{k}={v}" for k, v in given.items() if v is not None)])
+    a_file = s.config.endswith(".py")
+    own, _ = configure(TrainSettings, [s.config] if a_file else [])
+    given = {k: getattr(s, k) for k in ("dataset", "data_dir", "batch_size", "block_size", "dropout", "n_sense")}
+    known = ({} if a_file else load_checkpoint(s.config)["config"]) | {k: v for k, v in given.items() if v is not None}
+    vars(own).update(known | ({"n_sense": 0} if variant == "transformer" else {}))
     (data, _), meta = load_data(own)
     own.vocab_size = own.vocab_size or meta["vocab_size"]
     if len(data) <= own.block_size:
@@ -74,8 +77,7 @@ def setup(s, variant):
         model = (Dense if variant == "dense" else Backpack)(BackpackConfig(**{k: getattr(own, k) for k in MODEL_KEYS}))
     except ValueError as error:
         raise UserError(str(error)) from None
-    model.to(device)
-    net = torch.compile(model) if s.compile and variant != "dense" else model
+    net = torch.compile(model.to(device)) if s.compile and variant != "dense" else model.to(device)
     optimizer = torch.optim.AdamW(model.param_groups(0.1), 1e-4, fused=device.type in ("cuda", "cpu"))
 
     def batch():
@@ -183,9 +185,8 @@ def peak_of(s, variant):
 
 def measure(s):
     """All figures, as a dictionary that can be written as JSON."""
-    names = ["backpack", "transformer"] + ["dense"] * s.dense
-    made = {name: setup(s, name) for name in names}
-    one = made["backpack"]
+    made = {name: setup(s, name) for name in ("backpack", "transformer", "dense")[: 2 + s.dense]}
+    names, one = list(made), made["backpack"]
     if not one.model.config.n_sense:
         raise UserError("n_sense=0 has no senses to measure: give a Backpack's config")
     (x, _, (ids, _)), times = one.batch(), {}
@@ -212,9 +213,8 @@ def measure(s):
 
 def table(result):
     """The figures as lines of text: medians, and ratios of the Backpack to each other variant."""
-    accum, B, T = result["batch"]
-    lines = ["{device}, {dtype}, torch {torch}, {threads} threads".format(**result),
-             f"step: {accum} x {B} x {T} tokens, {result['distinct']} distinct, FLOP floor {result['flop floor']:.3f}"]
+    lines = ["{device}, {dtype}, torch {torch}, {threads} threads\nstep: {batch} (micro-steps, sequences, tokens), "
+             "{distinct} distinct tokens, FLOP floor {flop floor:.3f}".format(**result)]
     for name, times in result["seconds"].items():
         ratios = {v: np.median(np.array(times["backpack"]) / np.array(t)) for v, t in times.items() if v != "backpack"}
         lines += [f"{name:18}" + "".join(f"  {v} {np.median(t) * 1e3:,.1f} ms" for v, t in times.items()),
@@ -247,4 +247,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, CheckpointError)

@@ -45,6 +45,12 @@ def test_the_command_prints_a_table_and_writes_json(args, tmp_path, capsys):
         "Transformer", "sense network", "alpha and sum", "logits and loss", "clip and AdamW"}
 
 
+def test_a_run_is_measured_in_its_own_shape(run_train, data_dir, capsys):
+    bench.main([f"--config={run_train()}", f"--data_dir={data_dir}", "--device=cpu", "--runs=1", "--dense=False",
+                "--memory=False", "--batch_size=3"])
+    assert "step: [1, 3, 8] (micro-steps, sequences, tokens)" in capsys.readouterr().out
+
+
 def test_profile_writes_a_trace(args, tmp_path, capsys):
     bench.main([*args, f"--profile={tmp_path / 't.json'}"])
     names = {event.get("name") for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
