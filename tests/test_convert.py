@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import shutil
 from dataclasses import asdict
 
@@ -240,34 +241,40 @@ def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values()))
 
 
-def test_gpt2_as_a_baseline_and_with_new_senses(tmp_path):
-    """Finetuning starts at the loss of the imported weights, and 50 steps lower it."""
-    (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
-    prepare_data.main([f"--data_dir={tmp_path}", "--dataset=own", f"--input={tmp_path / 't.txt'}", "--tokenizer=gpt2",
+@pytest.fixture(scope="module")
+def gpt2_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    (folder / "t.txt").write_text("\n\n".join(lines(200)))
+    prepare_data.main([f"--data_dir={folder}", "--dataset=own", f"--input={folder / 't.txt'}", "--tokenizer=gpt2",
                        "--val_fraction=0.2", "--num_proc=1"])
+    return folder
+
+
+@pytest.mark.parametrize("layout, rows, new", [("gpt2", 50257, 0), ("gpt2", 50257, 4), ("backpack-gpt2", 50264, 0)])
+def test_finetuning_starts_at_the_imported_weights_loss(tmp_path, gpt2_data, capsys, layout, rows, new):
+    """GPT-2 as a baseline, GPT-2 with new senses, a Backpack: the same function, the loss it has, 50 steps lower it."""
     torch.manual_seed(0)
-    model = Backpack(BackpackConfig(T, 50257, LAYERS, 2, 16, 0, inverse_layer_scale=False))
-    tensors = to_layout(model.state_dict(), model.config, "gpt2", 50257)
-    tensors = {f"transformer.{k}": v for k, v in tensors.items() if k != "lm_head.weight"}
-    assert tensors["transformer.wte.weight"].shape == (50257, 16)
-    folder = source(tmp_path / "gpt2", tensors, {"n_head": 2})
-    plain = imported(tmp_path, folder)
+    senses, plain = 4 if layout == "backpack-gpt2" else 0, layout == "gpt2"
+    model = Backpack(BackpackConfig(T, 50257, LAYERS, 2, 16, senses, inverse_layer_scale=not plain)).eval()
+    tensors = to_layout(model.state_dict(), model.config, layout, rows)
+    tensors = {f"transformer.{name}" if plain else name: tensor for name, tensor in tensors.items()}
+    assert all(len(tensor) == rows for name, tensor in tensors.items() if "wte" in name)
+    ours = imported(tmp_path, source(tmp_path / "theirs", tensors, {"n_head": 2}), f"--n_sense={new}")
     x = torch.tensor([[50256, 5, 6]])
-    assert torch.allclose(plain(x)[0], model.eval()(x)[0], atol=1e-5) and not plain.config.inverse_layer_scale
-    for n, run in ((0, "run"), (4, "senses")):
-        convert.main([f"--source={folder}", f"--out_dir={tmp_path / run}", f"--n_sense={n}", "--overwrite=True"])
-        h = Backpack.from_checkpoint(tmp_path / run)._hidden(x)[0]
-        assert torch.allclose(h, model._hidden(x)[0], atol=1e-5)
-        keys = [f"--data_dir={tmp_path}", "--dataset=own", "--tokens_per_step=64", "--batch_size=4", "--max_iters=50",
-                "--learning_rate=1e-3", "--warmup_iters=0", "--eval_interval=50", "--log_interval=10", "--device=cpu"]
-        train.main([*keys, f"--init_from={tmp_path / run}", f"--out_dir={tmp_path / f'tuned{n}'}"])
-        first, last = records(tmp_path / f"tuned{n}", "val_loss").values()
-        val = torch.from_numpy(np.fromfile(tmp_path / "own/val.bin", "<u2").astype("int64"))
-        whole = val[: (len(val) - 1) // T * T + 1]
-        model_n = Backpack.from_checkpoint(tmp_path / run)
-        loss = model_n(whole[:-1].view(-1, T), whole[1:].view(-1, T))[1].item()
-        assert abs(first - loss) < 0.05 and last < first - 0.5
-    sample.main([f"--out_dir={tmp_path / 'run'}", "--start=words", "--max_new_tokens=2", "--num_samples=1"])
+    assert torch.allclose(ours._hidden(x)[0], model._hidden(x)[0], atol=1e-5)
+    assert new or torch.allclose(ours(x)[0], model(x)[0], atol=1e-5)
+    keys = [f"--data_dir={gpt2_data}", "--dataset=own", "--tokens_per_step=64", "--batch_size=4", "--max_iters=50",
+            "--learning_rate=1e-3", "--warmup_iters=0", "--eval_interval=50", "--log_interval=10", "--device=cpu",
+            "--full_val=True", f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}"]
+    train.main([*keys, "--eval_only=True"])
+    told = float(re.search(r"val loss (\S+),", capsys.readouterr().out)[1])
+    train.main(keys)
+    first, last = records(tmp_path / "tuned", "val_loss").values()
+    val = torch.from_numpy(np.fromfile(gpt2_data / "own/val.bin", "<u2").astype("int64"))
+    parts = [ours(part[None, :-1], part[None, 1:])[1].item() * (len(part) - 1)
+             for part in (val[i : i + T + 1] for i in range(0, len(val) - 1, T))]
+    assert abs(first - told) < 1e-4 and abs(first - sum(parts) / (len(val) - 1)) < 1e-4 and last < first - 0.5
+    sample.main([f"--out_dir={tmp_path / 'tuned'}", "--start=words", "--max_new_tokens=2", "--num_samples=1"])
 
 
 @pytest.mark.parametrize("change, message", [
