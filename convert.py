@@ -114,9 +114,9 @@ def read_source(source, trust_pickle):
     beside = {}
     for name in ("config.json", "tokenizer.json"):
         try:
-            beside[name] = json.loads((path / name).read_text()) if (path / name).is_file() else {}
-        except ValueError as error:
-            raise UserError(f"{path / name} is no JSON: {error}") from None
+            beside[name] = dict(json.loads((path / name).read_text())) if (path / name).is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path / name} is no JSON object: {error}") from None
     return tensors, beside, sha
 
 
@@ -166,13 +166,14 @@ def import_run(s):
         torch.manual_seed(s.seed)
         state = Backpack(config).state_dict() | state
     if dtype := DTYPES[s.dtype]:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     spec = from_transformers(beside["tokenizer.json"], config.vocab_size) if s.tokenizer is None else None
     if s.tokenizer == "gpt2" or s.tokenizer is None and config.vocab_size == 50257:
         spec = {"kind": "gpt2"}
     meta = {"tokenizer": spec, "vocab_size": config.vocab_size}
     ckpt = {"model": state, "step": 0, "meta": meta, "config": asdict(config) | {
-        "dataset": "", "source": s.source, "source_layout": layout, "source_rows": rows, "source_sha256": sha}}
+        "dataset": "", "source": s.source, "source_layout": layout, "source_sha256": sha,
+        "source_rows": rows if layout != "hf" else config.vocab_size}}
     with torch.device("meta"):
         Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
     save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all

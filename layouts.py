@@ -89,6 +89,8 @@ def to_ours(tensors, layout):
         raise UserError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     tensors, state, report = dict(tensors), {}, {"renamed": 0, "transposed": [], "dropped": []}
     if layout == "hf":
+        if "backpack.wte.weight" not in tensors:
+            raise UserError("layout hf: backpack.wte.weight is missing")
         return {name.removeprefix("backpack."): t for name, t in tensors.items()}, report | {"renamed": len(tensors)}
     senses = layout not in ("gpt2", "lightning-gpt2")
     if layout == "gpt2":  # some files have this prefix

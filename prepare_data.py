@@ -31,7 +31,7 @@ from tokenizer import KINDS, UNKNOWN, load_tokenizer, train_bpe
 class Settings:
     dataset: str = "shakespeare_char"  # or shakespeare, tinyshakespeare_char, simplewiki, openwebtext, fineweb_edu, ...
     input: str | None = None         # own text: files and folders, comma-separated; of a built-in: a local copy
-    tokenizer: str | None = None     # char, gpt2, bpe (learned) or a dataset's folder; None: built-in's, or gpt2
+    tokenizer: str | None = None     # char, gpt2, bpe (learned), or the folder of a dataset or run; None: built-in's
     vocab_size: int | None = None    # of a bpe; None: the built-in's, 8192 for own text
     val_fraction: float = 0.01       # own text: share of documents for validation, chosen by a hash of their text
     num_proc: int | None = None      # processes that tokenize; None: one per core
@@ -149,8 +149,12 @@ def main(argv):
     spec = {"kind": "gpt2"} if kind == "gpt2" else None  # None: to be learned from the text
     if Path(kind, "meta.json").is_file():
         spec = json.loads(Path(kind, "meta.json").read_text())["tokenizer"]
-    elif kind not in KINDS:
-        raise UserError(f"unknown tokenizer {kind!r}: expected {', '.join(KINDS)} or the folder of a dataset or run")
+    elif Path(kind, "ckpt.pt").is_file():  # of a run that was shared
+        from checkpoints import load_checkpoint  # imports torch, which nothing else here needs
+        spec = load_checkpoint(kind)["meta"]["tokenizer"]
+    if not spec and kind not in KINDS:
+        raise UserError(f"unknown tokenizer {kind!r}: expected {', '.join(KINDS)} or the folder of a dataset or run "
+                        "that has one")
     if not re.fullmatch(r"[\w.-]+", settings.dataset) or not 0 < settings.val_fraction < 1 or num_proc < 1:
         raise UserError(f"dataset={settings.dataset!r} must be a folder's name, val_fraction={settings.val_fraction} "
                         f"between 0 and 1, num_proc={num_proc} at least 1")

@@ -86,7 +86,7 @@ def start_values(s, sources):
 
 def problems_with(s, data, meta, ckpt, world):
     """Everything in settings, data and checkpoint that would not work together, a line each."""
-    problems, out, init = [], Path(s.out_dir), Path(s.init_from).resolve()
+    problems, out, init = [], Path(s.out_dir), Path(s.out_dir if s.init_from == "resume" else s.init_from)
     if data:
         if (least := min(map(len, data))) <= s.block_size:
             problems.append(f"{s.dataset} is shorter than block_size={s.block_size}: a part has only {least} tokens")
@@ -98,11 +98,11 @@ def problems_with(s, data, meta, ckpt, world):
         problems += [f"{key}={getattr(s, key)}, but the checkpoint has {ckpt['config'][key]}" for key in MODEL_KEYS
                      if key not in FREE_KEYS and key in ckpt["config"] and getattr(s, key) != ckpt["config"][key]]
         if meta and meta["tokenizer"] != ckpt["meta"]["tokenizer"]:
-            problems.append(f"{s.dataset} was not made with the checkpoint's tokenizer: prepare it with "
-                            f"--tokenizer={s.data_dir}/{ckpt['config']['dataset']}")
+            problems.append(f"{s.dataset} was not made with the checkpoint's tokenizer: prepare it with --tokenizer="
+                            f"{init if init.is_dir() else init.parent}")
     if s.init_from != "resume" and (out / "ckpt.pt").exists() and not (s.overwrite or s.eval_only):
         problems.append(f"{out} has a checkpoint: --init_from=resume goes on with it, --overwrite=True replaces it")
-    if s.init_from not in ("scratch", "resume") and out.resolve() in (init, init.parent):
+    if s.init_from not in ("scratch", "resume") and out.resolve() in (init.resolve(), init.resolve().parent):
         problems.append(f"init_from={s.init_from} lies in out_dir: give another --out_dir")
     if s.block_size < 1 or s.tokens_per_step < 1 or s.tokens_per_step % (s.block_size * world):
         problems.append(f"tokens_per_step={s.tokens_per_step} must be a multiple of block_size={s.block_size} times "

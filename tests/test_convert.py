@@ -321,6 +321,9 @@ def test_bad_sources(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is no JSON"):
         imported(tmp_path, folder)
+    source(folder, random_hf())
+    with pytest.raises(UserError, match="layout hf: backpack.wte.weight is missing"):
+        imported(tmp_path, folder, "--layout=hf")
     for args, message in ((["--layout=what"], "layout='what': expected one of auto"), ([], "give --source")):
         with pytest.raises(UserError, match=message):
             convert.main(args)

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import lines
+from conftest import ROOT, lines
 
 import corpora
 import prepare_data
+from checkpoints import load_checkpoint
 from configurator import UserError, run
 from tokenizer import GPT2_WHEEL, load_tokenizer, pip_wheel, train_bpe
 
@@ -247,6 +248,18 @@ def test_a_dataset_may_take_the_tokenizer_of_another(tmp_path, data_dir):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90, start=1000)))
     _, _, meta = prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=data_dir / "tiny", val_fraction=0.2)
     assert meta["tokenizer"] == json.loads((data_dir / "tiny/meta.json").read_text())["tokenizer"]
+
+
+def test_a_dataset_may_take_the_tokenizer_of_a_shared_run(tmp_path):
+    """pretrained/simplewiki has it in its checkpoint only; an imported run may have none."""
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
+    run = ROOT / "pretrained/simplewiki"
+    _, _, meta = prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=run, val_fraction=0.2)
+    assert meta["tokenizer"] == load_checkpoint(run)["meta"]["tokenizer"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/meta.json").write_text('{"tokenizer": null}')
+    with pytest.raises(UserError, match="or the folder of a dataset or run that has one"):
+        prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=tmp_path / "run")
 
 
 def test_wheels_are_pinned():

@@ -428,8 +428,10 @@ def test_a_checkpoint_of_another_shape_or_tokenizer(run_train, data_dir, tmp_pat
     ckpt = torch.load(out / "ckpt.pt")
     ckpt["meta"]["tokenizer"]["chars"] = ckpt["meta"]["tokenizer"]["chars"][::-1]
     torch.save(ckpt, out / "ckpt.pt")
-    with pytest.raises(UserError, match="was not made with the checkpoint's tokenizer"):
-        run_train(f"--init_from={out}", out="other")
+    for source in (out, out / "ckpt.pt"):
+        with pytest.raises(UserError, match="was not made with the checkpoint's tokenizer: .* --tokenizer=") as error:
+            run_train(f"--init_from={source}", out="other")
+        assert str(error.value).endswith(f"--tokenizer={out}")
 
 
 def test_the_whole_command_line_fails_with_one_line(tmp_path):
