@@ -21,7 +21,7 @@ from .weighted_sum import weighted_sum  # noqa: F401
 class BackpackConfig(PretrainedConfig):
     """The fields of BackpackConfig of model.py; edits: None, or the sizes of an Edits {"rows": n, "topics": m}."""
     model_type = "nanobackpack"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # Trainer adds to this list
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
                      "max_position_embeddings": "block_size"}
 

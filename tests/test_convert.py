@@ -427,6 +427,22 @@ def test_an_export_is_whole_or_not_there(exported, tmp_path, monkeypatch):
     convert.main([*args, "--overwrite=True"])
 
 
+def test_trainer_of_transformers(exported, tmp_path):
+    """Two steps, and an evaluation that says what ours says."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported[1], trust_remote_code=True)
+    x = torch.randint(300, (8, 20), generator=torch.Generator().manual_seed(0))
+    texts = [{"input_ids": row, "labels": row} for row in x]
+    args = transformers.TrainingArguments(output_dir=tmp_path, max_steps=2, per_device_train_batch_size=4,
+                                          use_cpu=True, report_to=[], save_strategy="no", learning_rate=1e-2)
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=texts, eval_dataset=texts)
+    with torch.no_grad():
+        assert abs(trainer.evaluate()["eval_loss"] - exported[0](x[:, :-1], x[:, 1:])[1]) < 1e-5
+    before = model.backpack.sense_qk.weight.detach().clone()
+    trainer.train()
+    assert (model.backpack.sense_qk.weight - before).abs().max() > 1e-3
+
+
 def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(load_checkpoint(exported[1].parent / "run")["meta"]["tokenizer"])
