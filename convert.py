@@ -166,7 +166,7 @@ def import_run(s):
         torch.manual_seed(s.seed)
         state = Backpack(config).state_dict() | state
     if dtype := DTYPES[s.dtype]:
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
     spec = from_transformers(beside["tokenizer.json"], config.vocab_size) if s.tokenizer is None else None
     if s.tokenizer == "gpt2" or s.tokenizer is None and config.vocab_size == 50257:
         spec = {"kind": "gpt2"}
@@ -177,12 +177,15 @@ def import_run(s):
     with torch.device("meta"):
         Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
     save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all
-    for name in ("best.pt", "metrics.jsonl"):  # of the run before
+    for name in ("best.pt", "metrics.jsonl", "edits.json"):  # of the run before
         (out / name).unlink(missing_ok=True)
+    if edits := source.get("edits") if layout == "hf" else None:  # their tensors were made from this list
+        (out / "edits.json").write_text(json.dumps(edits["list"]))
+        print(f"its edits are in {out / 'edits.json'}, for --edits=")
     (out / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
     (out / "meta.json").write_text(json.dumps(meta))
     print(f"{layout}: {report['renamed']} tensors, {len(report['transposed'])} transposed, "
-          f"{len(report['dropped'])} dropped (repeated, or masks); "
+          f"{len(report['dropped'])} dropped (repeated, masks, edits); "
           f"{sum(map(torch.numel, state.values())):,} parameters\n{out}: {config}\n"
           f"tokenizer: {spec['kind'] if spec else 'none'}")
 

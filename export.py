@@ -25,12 +25,11 @@ def export(s, dtype=None):
         raise UserError(f"{dest} is not empty: --overwrite=True replaces what an export writes there")
     if s.edits and s.to != "hf":
         raise UserError(f"the layout {s.to} has no place for edits: --to=hf has")
-    spec, listed, state = ckpt["meta"]["tokenizer"], read_edits(s.edits) if s.edits else [], ckpt["model"]
+    model, spec, state = Backpack.from_checkpoint(ckpt), ckpt["meta"]["tokenizer"], ckpt["model"]
+    listed = read_edits(s.edits) if s.edits else []
     tokenizer = load_tokenizer(spec) if spec or listed else None
-    model = Backpack.from_checkpoint(ckpt)  # refuses what doesn't fit
-    if listed:
-        edits = make_edits(model, tokenizer, listed).state_dict()
-        state = state | {f"edits.{name}": tensor for name, tensor in edits.items()}
+    if edits := make_edits(model, tokenizer, listed):
+        state = state | {f"edits.{name}": tensor for name, tensor in edits.state_dict().items()}
     if s.to == "hf":
         tensors = {f"backpack.{name}": tensor for name, tensor in state.items()}
         described = asdict(model.config) | {
@@ -38,9 +37,8 @@ def export(s, dtype=None):
             "dtype": s.dtype if dtype else "float32",  # to load as, whatever it is in the file: as from_checkpoint does
             "auto_map": {"AutoConfig": "modeling_backpack.BackpackConfig",
                          "AutoModelForCausalLM": "modeling_backpack.BackpackForCausalLM"}}
-        if "edits.row" in state:
-            described["edits"] = {"rows": len(state["edits.scale"]), "topics": len(state["edits.f"]),
-                                  "list": [describe(edit) for edit in listed]}
+        if listed:
+            described["edits"] = {"rows": len(edits.scale), "topics": len(edits.f), "list": listed}
     else:
         rows = ckpt["config"].get("source_rows", model.config.vocab_size)
         tensors = to_layout(state, model.config, s.to, rows)

@@ -91,7 +91,9 @@ def to_ours(tensors, layout):
     if layout == "hf":
         if "backpack.wte.weight" not in tensors:
             raise UserError("layout hf: backpack.wte.weight is missing")
-        return {name.removeprefix("backpack."): t for name, t in tensors.items()}, report | {"renamed": len(tensors)}
+        report["dropped"] = [name for name in tensors if ".edits." in name]
+        state = {name.removeprefix("backpack."): t for name, t in tensors.items() if ".edits." not in name}
+        return state, report | {"renamed": len(state)}
     senses = layout not in ("gpt2", "lightning-gpt2")
     if layout == "gpt2":  # some files have this prefix
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}

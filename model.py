@@ -376,8 +376,6 @@ class Backpack(nn.Module):
             values = {f.name: ckpt["config"][f.name] for f in fields(BackpackConfig) if f.name in ckpt["config"]}
             with torch.device("meta"):
                 model = cls(BackpackConfig(**values | changes))
-            if held := {name[6:]: tensor for name, tensor in ckpt["model"].items() if name.startswith("edits.")}:
-                model.edits = Edits(**held)
             model.load_state_dict(ckpt["model"], assign=True)
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint's weights don't fit its config: {str(error)[:200]!r}") from None

@@ -397,10 +397,10 @@ def test_an_export_has_its_edits_and_comes_back(exported, tmp_path):
         theirs.save_pretrained(tmp_path / f"{name} saved")
         shutil.copy(tmp_path / name / "tokenizer.json", tmp_path / f"{name} saved")
         convert.main([f"--source={tmp_path / f'{name} saved'}", f"--out_dir={tmp_path / f'{name} back'}"])
-        back = Backpack.from_checkpoint(tmp_path / f"{name} back")
-        ours = Backpack.from_checkpoint(tmp_path / "small")
+        back, ours = (Backpack.from_checkpoint(tmp_path / run) for run in (f"{name} back", "small"))
         if args:
-            ours.edits = make_edits(ours, load_tokenizer(ckpt["meta"]["tokenizer"]), read_edits(tmp_path / "e.json"))
+            for model, file in ((back, tmp_path / f"{name} back/edits.json"), (ours, tmp_path / "e.json")):
+                model.edits = make_edits(model, load_tokenizer(ckpt["meta"]["tokenizer"]), read_edits(file))
         assert theirs.dtype == torch.float32
         for logits in (back(x)[0], theirs(x).logits, theirs(x, use_cache=False).logits):
             assert torch.allclose(logits, ours(x)[0], atol=1e-5)

@@ -54,15 +54,6 @@ def test_a_sense_at_zero_contributes_exactly_zero():
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights.items())
 
 
-@torch.no_grad()
-def test_an_edited_model_is_saved_with_its_edits():
-    model, idx = edited(tiny(torch.float32), ALL), torch.tensor([[0, 1, 0, 2]])
-    again = Backpack.from_checkpoint({"model": model.state_dict(), "config": vars(model.config)})
-    assert torch.equal(again(idx)[0], model.eval()(idx)[0])
-    again.edits = None
-    assert not torch.equal(again(idx)[0], model(idx)[0])
-
-
 def test_edits_of_other_tokens_leave_logits_bit_for_bit():
     model, idx = tiny(torch.float32), torch.tensor([[1, 2, 3, 4, 5]])
     before = model(idx)[0]
