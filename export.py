@@ -55,6 +55,7 @@ def export(s, dtype=None):
         folder = Path(folder)
         safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(described, indent=1))
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
         ends = write_tokenizer(folder, tokenizer, model.config.block_size) if tokenizer else {}
         if s.to == "hf":
             (folder / "generation_config.json").write_text(json.dumps(ends, indent=1))

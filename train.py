@@ -88,8 +88,8 @@ def problems_with(s, data, meta, ckpt, world):
     """Everything in settings, data and checkpoint that would not work together, a line each."""
     problems, out, init = [], Path(s.out_dir), Path(s.out_dir if s.init_from == "resume" else s.init_from)
     if data:
-        if (least := min(map(len, data))) <= s.block_size:
-            problems.append(f"{s.dataset} is shorter than block_size={s.block_size}: a part has only {least} tokens")
+        if len(data[0]) <= s.block_size or len(data[1]) < 2:
+            problems.append(f"{s.dataset} is too short for block_size={s.block_size}: of {[*map(len, data)]} tokens")
         if (top := max(int(part[:10**8].max()) for part in data)) >= s.vocab_size:  # take() checks what lies further on
             problems.append(f"{s.dataset} has token id {top}, outside a vocabulary of {s.vocab_size}")
     if ckpt:
@@ -98,8 +98,8 @@ def problems_with(s, data, meta, ckpt, world):
         problems += [f"{key}={getattr(s, key)}, but the checkpoint has {ckpt['config'][key]}" for key in MODEL_KEYS
                      if key not in FREE_KEYS and key in ckpt["config"] and getattr(s, key) != ckpt["config"][key]]
         if meta and meta["tokenizer"] != ckpt["meta"]["tokenizer"]:
-            problems.append(f"{s.dataset} was not made with the checkpoint's tokenizer: prepare it with --tokenizer="
-                            f"{init if init.is_dir() else init.parent}")
+            problems.append(f"{s.dataset} was not made with the checkpoint's tokenizer: prepare it with "
+                            f"--tokenizer={init if init.is_dir() else init.parent}")
     if s.init_from != "resume" and (out / "ckpt.pt").exists() and not (s.overwrite or s.eval_only):
         problems.append(f"{out} has a checkpoint: --init_from=resume goes on with it, --overwrite=True replaces it")
     if s.init_from not in ("scratch", "resume") and out.resolve() in (init.resolve(), init.resolve().parent):

@@ -355,7 +355,7 @@ def test_scratch_over_a_run(run_train):
 @pytest.mark.parametrize("args, message", [
     (["--dataset=nothing"], "make it with python prepare_data.py --dataset=nothing"),
     (["--vocab_size=5"], "tiny has token id 28, outside a vocabulary of 5"),
-    (["--block_size=99999", "--tokens_per_step=99999", "--batch_size=1"], "tiny is shorter than block_size=99999"),
+    (["--block_size=99999", "--tokens_per_step=99999", "--batch_size=1"], "tiny is too short for block_size=99999"),
     (["--n_embd=15"], "n_embd=15 must be divisible by n_head=2"), (["--n_sense=3"], "divisible by n_sense=3"),
     (["--tokens_per_step=60"], "tokens_per_step=60 must be a multiple of block_size=8"),
     (["--batch_size=3"], "batch_size=3 must divide the 8 sequences"), (["--batch_size=0"], "batch_size=0"),
@@ -415,6 +415,23 @@ def test_checkpoints_that_are_not_good(run_train, tmp_path):
     torch.save(torch.nn.Linear(2, 2), out / "ckpt.pt")  # a pickled object: refused, not executed
     with pytest.raises(CheckpointError, match="no checkpoint of train.py"):
         run_train("--init_from=resume")
+
+
+def test_text_to_validate_may_be_shorter_than_a_window(run_train, data_dir, tmp_path):
+    short = tmp_path / "short"
+    short.mkdir()
+    for name in ("train.bin", "meta.json"):
+        (short / name).write_bytes((data_dir / "tiny" / name).read_bytes())
+    for n, ok in ((5, True), (1, False)):
+        np.fromfile(data_dir / "tiny/val.bin", "<u2")[:n].tofile(short / "val.bin")
+        if not ok:
+            with pytest.raises(UserError, match=r"short is too short for block_size=8: of \[\d+, 1\] tokens"):
+                run_train(f"--data_dir={tmp_path}", "--dataset=short", out="one")
+            continue
+        out = run_train(f"--data_dir={tmp_path}", "--dataset=short", "--max_iters=4")
+        ids = torch.from_numpy(np.fromfile(short / "val.bin", "<u2").astype("int64"))[None]
+        loss = Backpack.from_checkpoint(out)(ids[:, :-1], ids[:, 1:])[1]
+        assert abs(records(out, "val_loss")[4] - loss) < 1e-5
 
 
 def test_a_checkpoint_of_another_shape_or_tokenizer(run_train, data_dir, tmp_path):
