@@ -70,8 +70,8 @@ def detect(tensors):
     if "backpack.sense_weight_net.c_attn.weight" in tensors:
         if "lm_head.weight" in tensors:
             return "backpack-gpt2"
-        if "backpack.word_embeddings.weight" in tensors:
-            return "levanter"
+        if {"backpack.word_embeddings.weight", "backpack.gpt2_model.wte.weight"} <= tensors.keys():
+            return "levanter"  # a re-save of Hugging Face's keeps one of its names
         raise UserError("these tensors may be Hugging Face's or Levanter's, whose sum of senses is divided by their "
                         "number: say --layout=backpack-gpt2 or --layout=levanter")
     if any(name.endswith("h.0.attn.c_attn.weight") for name in tensors):

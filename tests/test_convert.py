@@ -137,6 +137,18 @@ def test_levanters_sum_is_divided(tmp_path):
     assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(w, ids, mean=True), atol=1e-4, rtol=1e-4)
 
 
+def test_a_resave_may_keep_any_name_of_the_embeddings(tmp_path):
+    """... and looks like Levanter's then, so it has to be said whose it is."""
+    w, ids = random_hf(), [5, 1, 2, 2]
+    for name in ("backpack.gpt2_model.wte.weight", "backpack.gpt2_model.wpe.weight", "lm_head.weight"):
+        del w[name]
+    folder = source(tmp_path / "hf", w)
+    with pytest.raises(UserError, match="may be Hugging Face's or Levanter's"):
+        imported(tmp_path, folder)
+    model = imported(tmp_path, folder, "--layout=backpack-gpt2")
+    assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(random_hf(), ids), atol=1e-4, rtol=1e-4)
+
+
 def tensors_of(folder):
     return pytest.importorskip("safetensors.torch").load_file(folder / "model.safetensors")
 
