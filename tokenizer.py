@@ -33,7 +33,8 @@ def require(package, what):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{what} needs the package {package!r}: pip install -r requirements-extra.txt") from None
+        raise UserError(f"{what} needs the package {package.split('.')[0]!r}: "
+                        "pip install -r requirements-extra.txt") from None
 
 
 def pip_wheel(requirement):
@@ -192,6 +193,7 @@ def from_transformers(found, vocab_size):
     merged = [vocab.get("".join(pair).replace(" ", ""), -1) for pair in model.get("merges", ())]
     # what tiktoken reads as we do: ids in the order of merges, all bytes, GPT-2's words
     plain = merged == sorted(merged) and {END, *byte_characters()} <= vocab.keys()
+    found = found | {"post_processor": None, "truncation": None, "padding": None}  # what transformers may add
     return {"kind": "bpe", "model": found} if plain and first == BYTE_LEVEL else None
 
 

@@ -407,7 +407,7 @@ def test_an_export_has_its_edits_and_comes_back(exported, tmp_path):
         convert.main([f"--out_dir={tmp_path / 'small'}", "--to=hf", f"--dest={tmp_path / name}", *args])
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
         theirs.save_pretrained(tmp_path / f"{name} saved")
-        shutil.copy(tmp_path / name / "tokenizer.json", tmp_path / f"{name} saved")
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name} saved")
         convert.main([f"--source={tmp_path / f'{name} saved'}", f"--out_dir={tmp_path / f'{name} back'}"])
         back, ours = (Backpack.from_checkpoint(tmp_path / run) for run in (f"{name} back", "small"))
         if args:
