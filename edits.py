@@ -25,12 +25,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from batches import load_data
 from checkpoints import CheckpointError, load_checkpoint
 from configurator import UserError, configure, run
 from devices import pick_device
 from model import Backpack, Edits
-from teach import read_examples, teach, windows
+from teach import other_text, read_examples, teach
 from tokenizer import load_tokenizer, word_id, word_ids
 
 FORMS = {"scale": "{word} {sense} {factor}", "swap": "{word}: {from} -> {to}", "topic": "{words} {strength}",
@@ -199,7 +198,8 @@ class Settings:
     elsewhere: float = 1000.0        # how much use in other text speaks against a vector
     learning_rate: float = 0.03
     steps: int = 150                 # at most
-    data_dir: str = "data"           # other text: val.bin of the run's dataset in it
+    dataset: str | None = None       # other text: its val.bin; None: of the run's dataset
+    data_dir: str = "data"           # where it lies
     n_window: int = 64               # of that, this many windows
     seed: int = 1337
     device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
@@ -220,8 +220,7 @@ def main(argv):
     edits += parse(s.edit)
     make_edits(model, tokenizer, edits)  # refuses what doesn't fit
     if s.teach:
-        s.dataset, examples = ckpt["config"]["dataset"], read_examples(s.teach)
-        text = windows(load_data(s)[0][1], model.config.block_size, s.n_window, device)
+        examples, text = read_examples(s.teach), other_text(s, ckpt, s.n_window, device)
         edits += teach(model, tokenizer, examples, text, s)
     for n, edit in enumerate(edits, 1):
         print(f"{n:3}  {describe(edit)}" + (f", adds {edit['adds']}" if "adds" in edit else ""))

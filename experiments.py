@@ -19,14 +19,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from batches import load_data
 from checkpoints import CheckpointError, load_checkpoint
 from configurator import UserError, configure, run
 from devices import pick_device
 from edits import make_edits, read_edits
 from model import Backpack
 from senses import word_senses
-from teach import damage, windows
+from teach import damage, other_text
 from tokenizer import load_tokenizer, require, word_id, word_ids
 
 SETS = {"SimLex-999.txt": ("\t", 0, 1, 3), "SimVerb-3500.txt": ("\t", 0, 1, 3), "RG65.csv": (";", 0, 1, 2),
@@ -58,7 +57,8 @@ class Settings:
     num_samples: int = 20            # with topics: texts for each topic and strength
     max_new_tokens: int = 100        # ... and their length
     n_bootstrap: int = 1000
-    data_dir: str = "data"           # with damage: other text is val.bin of the run's dataset in it
+    dataset: str | None = None       # with damage: other text is its val.bin; None: of the run's dataset
+    data_dir: str = "data"           # where it lies
     seed: int = 1337
     device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
 
@@ -211,8 +211,7 @@ def topics(model, tokenizer, stimuli, s):
 
 
 def harm(model, tokenizer, ckpt, s):
-    edits, s.dataset = read_edits(s.damage), ckpt["config"]["dataset"]
-    text = windows(load_data(s)[0][1], model.config.block_size, 128, model.wte.weight.device)
+    edits, text = read_edits(s.damage), other_text(s, ckpt, 128, model.wte.weight.device)
     print("edits   KL(without || with) a token   perplexity without   with")
     for n in [n for n in (1, 10, 100) if n < len(edits)] + [len(edits)]:
         found = damage(model, make_edits(model, tokenizer, edits[:n]), text)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from batches import load_data
 from configurator import UserError
 from model import Edits
 from tokenizer import shown
@@ -33,8 +34,16 @@ def read_examples(path):
     return examples
 
 
-def windows(tokens, T, n, device):
-    """n windows of T + 1 tokens (n,T+1), evenly spaced over a dataset's array of ids."""
+def other_text(s, ckpt, n, device):
+    """n windows of T + 1 tokens (n,T+1), evenly spaced over val.bin of s.dataset, or of the run's own dataset. Raises
+    UserError for one that isn't there, is too short, or has another vocabulary."""
+    s.dataset, T = s.dataset or ckpt["config"]["dataset"], ckpt["config"]["block_size"]
+    if not s.dataset:
+        raise UserError(f"{s.out_dir} has no dataset of its own: give --dataset=..., which prepare_data.py made "
+                        f"with --tokenizer={s.out_dir}")
+    (_, tokens), meta = load_data(s)
+    if meta["tokenizer"] != ckpt["meta"]["tokenizer"] or len(tokens) <= T:
+        raise UserError(f"{s.dataset} has another vocabulary than {s.out_dir}, or not {T + 1} tokens to validate")
     starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)
     return torch.from_numpy(tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64)).to(device)
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import edits
 import sample
 import senses
+from checkpoints import load_checkpoint
 from configurator import UserError
 from edits import describe, make_edits, parse, read_edits
 from model import Backpack, BackpackConfig
@@ -213,6 +214,22 @@ def test_teach_changes_few_vectors_and_little_else(run_train, data_dir, tmp_path
     same = make_edits(model, tokenizer, read_edits(file))
     assert torch.allclose(log_p(model, ids, same), log_p(model, ids), atol=1e-4)
     assert "adds" in capsys.readouterr().out
+
+
+def test_other_text_has_the_runs_vocabulary(run_train, data_dir, tmp_path):
+    """An imported run has no dataset; --dataset= says which text shall stay as it is."""
+    ckpt = load_checkpoint(run_train("--max_iters=1"))
+    ckpt["config"]["dataset"] = ""
+    torch.save(ckpt, tmp_path / "run/ckpt.pt")
+    (tmp_path / "x.jsonl").write_text('{"prompt": "words ", "good": "z"}')
+    args = [f"--out_dir={tmp_path / 'run'}", f"--data_dir={data_dir}", f"--teach={tmp_path / 'x.jsonl'}"]
+    with pytest.raises(UserError, match=f"run has no dataset of its own: give --dataset=.* --tokenizer={tmp_path}"):
+        edits.main(args)
+    edits.main([*args, "--dataset=tiny", "--steps=1"])
+    ckpt["meta"]["tokenizer"] = {"kind": "char", "chars": ckpt["meta"]["tokenizer"]["chars"][::-1]}
+    torch.save(ckpt, tmp_path / "run/ckpt.pt")
+    with pytest.raises(UserError, match="tiny has another vocabulary than"):
+        edits.main([*args, "--dataset=tiny"])
 
 
 def test_files_of_edits(run_train, tmp_path, capsys):
