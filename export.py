@@ -95,11 +95,10 @@ def card(run, ckpt, model, edits):
         parts.append(f"**Data**: {config['dataset']}, {meta['train_tokens']:,} tokens to train, {meta['val_tokens']:,} "
                      f"to validate, {meta['documents']:,} documents.")
     if ckpt["step"]:
-        recipe = {key: config[key] for key in (
-            "init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr", "weight_decay", "beta1",
-            "beta2", "grad_clip", "dropout", "transformer_share", "init_std", "seed")}
+        recipe = ("init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr", "weight_decay",
+                  "beta1", "beta2", "grad_clip", "dropout", "transformer_share", "init_std", "seed")
         parts.append(f"**Training**: {ckpt['step']:,} steps of {config['tokens_per_step']:,} tokens; "
-                     + ", ".join(f"{key} {value}" for key, value in recipe.items()) + ".")
+                     + ", ".join(f"{key} {config[key]}" for key in recipe if key in config) + ".")
     if evaluated:
         parts.append("**Validation loss**, nats a token, by step: " + ", ".join(
             f"{loss:.3f} ({step:,})" for step, loss in dict(evaluated).items()) + ".")
