@@ -128,10 +128,10 @@ def sizes(state, config, layout, s):
         if config.get(key, ok) != ok:
             raise UserError(f"{key}={config[key]!r} in config.json: model.py has {ok!r}")
     (rows, D), T = state["wte.weight"].shape, len(state["wpe.weight"])
-    n_layer = sum(name.endswith("attn.qkv.weight") for name in state)
-    senses = len(state["sense_network.mlp_out.proj.bias"]) // D if "sense_qk.weight" in state else s.n_sense
-    inner, inner_out = (len(state[f"sense_network.{mlp}.fc.bias"]) // D if "sense_qk.weight" in state else 4
-                        for mlp in ("mlp", "mlp_out"))
+    n_layer, senses, inner, inner_out = sum(name.endswith("attn.qkv.weight") for name in state), s.n_sense, 4, 4
+    if "sense_qk.weight" in state:
+        senses, inner, inner_out = (len(state[f"sense_network.{name}.bias"]) // D
+                                    for name in ("mlp_out.proj", "mlp.fc", "mlp_out.fc"))
     heads = s.n_head or config.get("n_head") or HEADS.get((n_layer, D))
     if not heads:
         raise UserError(f"how many heads have {n_layer} layers of width {D}? no tensor says so: give --n_head")
@@ -167,20 +167,21 @@ def import_run(s):
         state = Backpack(config).state_dict() | state
     if dtype := DTYPES[s.dtype]:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    spec = from_transformers(beside["tokenizer.json"], config.vocab_size) if s.tokenizer is None else None
+    spec = None
     if s.tokenizer == "gpt2" or s.tokenizer is None and config.vocab_size == 50257:
         spec = {"kind": "gpt2"}
+    elif s.tokenizer is None:
+        spec = from_transformers(beside["tokenizer.json"], config.vocab_size)
     meta = {"tokenizer": spec, "vocab_size": config.vocab_size}
     ckpt = {"model": state, "step": 0, "meta": meta, "config": asdict(config) | {
         "dataset": "", "source": s.source, "source_layout": layout, "source_sha256": sha,
         "source_rows": rows if layout != "hf" else config.vocab_size}}
-    with torch.device("meta"):
-        Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
+    Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
     save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all
     for name in ("best.pt", "metrics.jsonl", "edits.json"):  # of the run before
         (out / name).unlink(missing_ok=True)
-    if edits := source.get("edits") if layout == "hf" else None:  # their tensors were made from this list
-        (out / "edits.json").write_text(json.dumps(edits["list"]))
+    if layout == "hf" and source.get("edits"):  # their tensors were made from this list
+        (out / "edits.json").write_text(json.dumps(source["edits"]["list"]))
         print(f"its edits are in {out / 'edits.json'}, for --edits=")
     (out / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
     (out / "meta.json").write_text(json.dumps(meta))

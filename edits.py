@@ -67,7 +67,9 @@ def summary(edits):
 
 
 def read_edits(path):
-    """The list of edits in a JSON file. Raises UserError."""
+    """The list of edits in a JSON file; without a path none. Raises UserError."""
+    if not path:
+        return []
     try:
         edits = json.loads(Path(path).read_text())
     except (ValueError, OSError) as error:

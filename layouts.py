@@ -5,6 +5,7 @@ import torch
 from configurator import UserError
 
 LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
+TRANSFORMERS = ("gpt2", "lightning-gpt2")  # of these, those without senses
 
 
 def names(layout, n_layer, senses):
@@ -45,6 +46,14 @@ def names(layout, n_layer, senses):
         for ours, other in (("mlp_out.fc", "final_mlp.c_fc"), ("mlp_out.proj", "final_mlp.c_proj")):
             yield f"sense_network.{ours}", f"backpack.sense_network.{other}", True
         yield "sense_qk", "backpack.sense_weight_net.c_attn", False
+
+
+def parameters(layout, n_layer, senses):
+    """[(our tensor, the layout's, whether it is transposed)] of all."""
+    for ours, theirs, transposed in names(layout, n_layer, senses):
+        yield f"{ours}.weight", f"{theirs}.weight", transposed
+        if ours not in ("wte", "wpe"):
+            yield f"{ours}.bias", f"{theirs}.bias", False
 
 
 def aliases(layout, senses):
@@ -94,7 +103,7 @@ def to_ours(tensors, layout):
         report["dropped"] = [name for name in tensors if ".edits." in name]
         state = {name.removeprefix("backpack."): t for name, t in tensors.items() if ".edits." not in name}
         return state, report | {"renamed": len(state)}
-    senses = layout not in ("gpt2", "lightning-gpt2")
+    senses = layout not in TRANSFORMERS
     if layout == "gpt2":  # some files have this prefix
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     n_layer = sum(name.endswith((".attn.c_attn.weight", ".mixer.Wqkv.weight")) for name in tensors)
@@ -107,16 +116,13 @@ def to_ours(tensors, layout):
     masks = [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]
     report["dropped"] += [name for name in masks if tensors.pop(name) is not None]
     missing = []
-    for ours, theirs, transposed in names(layout, n_layer, senses):
-        for kind in ("weight",) if ours in ("wte", "wpe") else ("weight", "bias"):
-            if (tensor := tensors.pop(f"{theirs}.{kind}", None)) is None:
-                missing.append(f"{theirs}.{kind}")
-                continue
-            report["renamed"] += 1
-            if transposed and kind == "weight":
-                tensor = tensor.T.contiguous()
-                report["transposed"].append(f"{theirs}.{kind}")
-            state[f"{ours}.{kind}"] = tensor
+    for ours, theirs, transposed in parameters(layout, n_layer, senses):
+        if (tensor := tensors.pop(theirs, None)) is None:
+            missing.append(theirs)
+            continue
+        state[ours] = tensor.T.contiguous() if transposed else tensor
+        report["transposed"] += [theirs] if transposed else []
+    report["renamed"] = len(state)
     if missing or tensors:
         raise UserError(f"layout {layout}: " + "; ".join(
             f"{len(some)} tensors {what}: {', '.join(list(some)[:4])}" for some, what in
@@ -129,14 +135,13 @@ def to_layout(state, config, layout, rows):
     Raises UserError for what a layout can't say."""
     K, found = config.n_sense, {}
     if wrong := [f"{key}={getattr(config, key)}" for key, fits in (
-            ("n_sense", bool(K) == (layout not in ("gpt2", "lightning-gpt2"))), ("bias", config.bias),
+            ("n_sense", bool(K) == (layout not in TRANSFORMERS)), ("bias", config.bias),
             ("n_qk", not K or config.n_qk in (None, config.n_embd // K)),
             ("sense_mlp_ratio", not K or layout == "lightning" or config.sense_mlp_ratio == 4),
             ("sense_mean", not K or config.sense_mean == (layout == "levanter"))) if not fits]:
         raise UserError(f"the layout {layout} has no place for {', '.join(wrong)}: --to=hf has")
-    for ours, theirs, transposed in names(layout, config.n_layer, K > 0):
-        for kind in ("weight",) if ours in ("wte", "wpe") else ("weight", "bias"):
-            tensor = state[f"{ours}.{kind}"][:rows] if ours == "wte" else state[f"{ours}.{kind}"]
-            found[f"{theirs}.{kind}"] = tensor.T.contiguous() if transposed and kind == "weight" else tensor
+    for ours, theirs, transposed in parameters(layout, config.n_layer, K > 0):
+        tensor = state[ours][:rows] if ours == "wte.weight" else state[ours]
+        found[theirs] = tensor.T.contiguous() if transposed else tensor
     again = aliases(layout, K > 0) if layout != "gpt2" else {}  # GPT-2's files have one E, and transformers wants that
     return found | {name: found[first] for name, first in again.items()}

@@ -65,7 +65,7 @@ def main(argv):
     model, tokenizer = Backpack.from_checkpoint(ckpt, device), load_tokenizer(ckpt["meta"]["tokenizer"])
     idx = torch.tensor(start_ids(s.start, tokenizer), device=device)[None]                         # (1,T)
     text = tokenizer.decode(idx[0].tolist()) if s.start else ""
-    listed = (read_edits(s.edits) if s.edits else []) + parse(s.edit)
+    listed = read_edits(s.edits) + parse(s.edit)
     edits = make_edits(model, tokenizer, listed)
     began, steps = time.perf_counter(), s.max_new_tokens * -(-s.num_samples // s.batch_size)
     for model.edits in [None] if edits is None else [None, edits]:

@@ -206,7 +206,7 @@ def main(argv):
     s, _ = configure(Settings, argv, __doc__)
     device, ckpt = pick_device(s.device), load_checkpoint(s.out_dir)
     model, tokenizer = Backpack.from_checkpoint(ckpt, device), load_tokenizer(ckpt["meta"]["tokenizer"])
-    K, listed = model.config.n_sense, (read_edits(s.edits) if s.edits else []) + parse(s.edit)
+    K, listed = model.config.n_sense, read_edits(s.edits) + parse(s.edit)
     if not K:
         raise UserError(f"{s.out_dir} is a plain Transformer (n_sense=0): it has no senses")
     for key, least, most in (("sense", 0, K - 1), ("top", 1, model.config.vocab_size)):

@@ -27,13 +27,17 @@ def lines(n, start=0):
             for i in range(start, start + n)]
 
 
+def make_dataset(folder, name, texts, *args):
+    """folder/name of these documents; returns folder, which is the data_dir."""
+    (folder / "text.txt").write_text("\n\n".join(texts))
+    prepare_data.main([f"--data_dir={folder}", f"--dataset={name}", f"--input={folder / 'text.txt'}", "--num_proc=1",
+                       *args])
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("\n\n".join(lines(300)))
-    prepare_data.main([f"--data_dir={folder}", "--dataset=tiny", f"--input={folder / 'text.txt'}", "--tokenizer=char",
-                       "--val_fraction=0.1", "--num_proc=1"])
-    return folder
+    return make_dataset(tmp_path_factory.mktemp("data"), "tiny", lines(300), "--tokenizer=char", "--val_fraction=0.1")
 
 
 @pytest.fixture

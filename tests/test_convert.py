@@ -9,11 +9,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, lines, records
+from conftest import TINY, lines, make_dataset, records
 from torch.nn import functional as F
 
 import convert
-import prepare_data
 import sample
 import train
 from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, weights_only
@@ -255,11 +254,7 @@ def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def gpt2_data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpt2")
-    (folder / "t.txt").write_text("\n\n".join(lines(200)))
-    prepare_data.main([f"--data_dir={folder}", "--dataset=own", f"--input={folder / 't.txt'}", "--tokenizer=gpt2",
-                       "--val_fraction=0.2", "--num_proc=1"])
-    return folder
+    return make_dataset(tmp_path_factory.mktemp("gpt2"), "own", lines(200), "--tokenizer=gpt2", "--val_fraction=0.2")
 
 
 @pytest.mark.parametrize("layout, rows, new", [("gpt2", 50257, 0), ("gpt2", 50257, 4), ("backpack-gpt2", 50264, 0)])
@@ -362,10 +357,8 @@ def test_a_tokenizer_for_transformers_gives_the_same_ids(kind):
 def exported(tmp_path_factory):
     """(a run's model, its folder for transformers, loaded)"""
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("hf")
-    (folder / "t.txt").write_text("\n\n".join(map("\n".join, zip(lines(100), lines(100, 100)))))
-    prepare_data.main([f"--data_dir={folder}", "--dataset=own", f"--input={folder / 't.txt'}", "--tokenizer=bpe",
-                       "--vocab_size=300", "--val_fraction=0.2", "--num_proc=1"])
+    folder = make_dataset(tmp_path_factory.mktemp("hf"), "own", map("\n".join, zip(lines(100), lines(100, 100))),
+                          "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2")
     train.main([*TINY, f"--data_dir={folder}", "--dataset=own", f"--out_dir={folder / 'run'}", "--block_size=32"])
     convert.main([f"--out_dir={folder / 'run'}", "--to=hf", f"--dest={folder / 'hf'}"])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)

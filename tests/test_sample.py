@@ -2,9 +2,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, lines
+from conftest import TINY, lines, make_dataset
 
-import prepare_data
 import sample
 import train
 from configurator import UserError
@@ -48,9 +47,8 @@ def test_start_from_a_file_and_from_nothing(run_train, tmp_path, capsys):
 
 def test_characters_of_several_tokens_are_printed_whole(tmp_path, capsys):
     """A byte-level vocabulary of 257 splits every one of these characters."""
-    (tmp_path / "t.txt").write_text("\n\n".join(f"{i} 漢字 🙂 {text}" for i, text in enumerate(lines(60))))
-    prepare_data.main([f"--data_dir={tmp_path}", "--dataset=bytes", f"--input={tmp_path / 't.txt'}", "--tokenizer=bpe",
-                       "--vocab_size=257", "--val_fraction=0.2", "--num_proc=1"])
+    make_dataset(tmp_path, "bytes", (f"{i} 漢字 🙂 {text}" for i, text in enumerate(lines(60))), "--tokenizer=bpe",
+                 "--vocab_size=257", "--val_fraction=0.2")
     train.main([*TINY, f"--data_dir={tmp_path}", "--dataset=bytes", f"--out_dir={tmp_path / 'run'}", "--n_layer=1"])
     how = f"--out_dir={tmp_path / 'run'}", "--num_samples=1"
     text, = printed(capsys, *how, "--start=漢字 🙂", "--max_new_tokens=200")

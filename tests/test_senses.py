@@ -4,11 +4,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, make_dataset
 from test_edits import ALL, CHARS, edited, tiny
 
 import experiments
-import prepare_data
 import senses
 import train
 from checkpoints import load_checkpoint
@@ -22,12 +21,10 @@ PEOPLE = "nurse teacher doctor king".split()
 @pytest.fixture(scope="session")
 def bpe_run(tmp_path_factory):
     """A run whose vocabulary has words: people, he, she."""
-    folder = tmp_path_factory.mktemp("bpe")
     docs = [f"The {who} said that {he} was a music fan {i}.\n{he.title()} knows that the {who} saw the sport of food."
             for i in range(60) for who in PEOPLE for he in ("he", "she")]
-    (folder / "t.txt").write_text("\n\n".join(docs))
-    prepare_data.main([f"--data_dir={folder}", "--dataset=people", f"--input={folder / 't.txt'}", "--tokenizer=bpe",
-                       "--vocab_size=330", "--val_fraction=0.2", "--num_proc=1"])
+    folder = make_dataset(tmp_path_factory.mktemp("bpe"), "people", docs, "--tokenizer=bpe", "--vocab_size=330",
+                          "--val_fraction=0.2")
     train.main([*TINY, f"--data_dir={folder}", "--dataset=people", f"--out_dir={folder / 'run'}", "--block_size=32",
                 "--max_iters=60"])
     return folder / "run"
