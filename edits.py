@@ -74,7 +74,8 @@ def read_edits(path):
         edits = json.loads(Path(path).read_text())
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}") from None
-    for n, edit in enumerate(edits if isinstance(edits, list) else [edits], 1):
+    edits = edits if isinstance(edits, list) else [edits]
+    for n, edit in enumerate(edits, 1):
         name = edit.get("edit") if isinstance(edit, dict) else None
         need = re.findall(r"\{(\w+)\}", FORMS.get(name, ""))
         if name == "replace" and "vector" in edit:

@@ -38,6 +38,8 @@ def test_text_and_file_say_the_same(tmp_path):
     assert "; ".join(map(describe, listed)) == ALL + "; scale a all 0"
     (tmp_path / "e.json").write_text(json.dumps(listed))
     assert read_edits(tmp_path / "e.json") == listed
+    (tmp_path / "one.json").write_text(json.dumps(listed[0]))
+    assert read_edits(tmp_path / "one.json") == listed[:1] and read_edits(None) == []
     assert parse(" ") == [] and make_edits(tiny(), CHARS, []) is None
 
 
