@@ -15,10 +15,15 @@ def load_data(s):
     folder = Path(s.data_dir) / s.dataset
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise UserError(f"{folder / 'meta.json'}: dtype={meta['dtype']!r}, expected 'uint16' or 'uint32': make the "
+                            "dataset again")
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         return [np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val")], meta
     except FileNotFoundError:
         raise UserError(f"no dataset at {folder}: make it with python prepare_data.py --dataset={s.dataset}") from None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no dataset of prepare_data.py ({error!r}): make it again") from None
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import CheckpointError, save_checkpoint
-from configurator import UserError, configure, run
+from configurator import UserError, configure, hold, run
 from export import export
 from layouts import LAYOUTS, detect, to_ours
 from model import Backpack, BackpackConfig
@@ -144,10 +144,19 @@ def sizes(state, config, layout, s):
         inverse_layer_scale=config.get("scale_attn_by_inverse_layer_idx", layout != "gpt2"))
 
 
+def check_out_dir(s):
+    """Raises UserError where an import would replace or remove a file in out_dir, unless s.overwrite."""
+    names = ("ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json")
+    there = [path for name in names if (path := Path(s.out_dir, name)).exists()]
+    there = [path.name for path in there if path.name != "metrics.jsonl" or path.stat().st_size]
+    if there and not s.overwrite:
+        raise UserError(f"{s.out_dir} has {', '.join(there)}, which an import replaces or removes: give another "
+                        "--out_dir, or --overwrite=True")
+
+
 def import_run(s):
     out = Path(s.out_dir)
-    if (out / "ckpt.pt").exists() and not s.overwrite:
-        raise UserError(f"{out} has a checkpoint: --overwrite=True replaces it")
+    check_out_dir(s)
     tensors, beside, sha = read_source(s.source, s.trust_pickle)
     source = beside["config.json"]
     layout = s.layout if s.layout != "auto" else source.get("layout") or detect(tensors)
@@ -177,14 +186,16 @@ def import_run(s):
         "dataset": "", "source": s.source, "source_layout": layout, "source_sha256": sha,
         "source_rows": rows if layout != "hf" else config.vocab_size}}
     Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
-    save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all
-    for name in ("best.pt", "metrics.jsonl", "edits.json"):  # of the run before
-        (out / name).unlink(missing_ok=True)
-    if layout == "hf" and source.get("edits"):  # their tensors were made from this list
-        (out / "edits.json").write_text(json.dumps(source["edits"]["list"]))
-        print(f"its edits are in {out / 'edits.json'}, for --edits=")
-    (out / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
-    (out / "meta.json").write_text(json.dumps(meta))
+    with hold(out):
+        check_out_dir(s)  # what another process may have made there meanwhile
+        save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all
+        for name in ("best.pt", "metrics.jsonl", "edits.json"):  # of the run before
+            (out / name).unlink(missing_ok=True)
+        if layout == "hf" and source.get("edits"):  # their tensors were made from this list
+            (out / "edits.json").write_text(json.dumps(source["edits"]["list"]))
+            print(f"its edits are in {out / 'edits.json'}, for --edits=")
+        (out / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
+        (out / "meta.json").write_text(json.dumps(meta))
     print(f"{layout}: {report['renamed']} tensors, {len(report['transposed'])} transposed, "
           f"{len(report['dropped'])} dropped (repeated, masks, edits); "
           f"{sum(map(torch.numel, state.values())):,} parameters\n{out}: {config}\n"

@@ -104,14 +104,28 @@ BUILT_IN = {  # name: (source, tokenizer, vocab_size)
 }
 
 
+def text_files(path):
+    """The text files in a folder and below, in a fixed order, or a file that is one."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [p for p in found if p.is_file() and re.search(TEXT_FILE, p.name)]
+
+
+def keep_apart(names, folder):
+    """Raises UserError where any of comma-separated files and folders, or a text below, lies in this folder."""
+    for path in map(Path, names.split(",")):
+        for text in (path, *text_files(path)):
+            if text.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"--input: {text} lies in {folder}, the folder of the dataset itself: move it, or give "
+                                "another --dataset=")
+
+
 def input_files(names):
     """The text files among comma-separated files and folders, in a fixed order. Raises UserError for a missing one."""
     paths = []
     for path in map(Path, names.split(",")):
         if not path.exists():
             raise UserError(f"--input: {path} does not exist")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [p for p in found if p.is_file() and re.search(TEXT_FILE, p.name)]
+        found = text_files(path)
         if not found:
             raise UserError(f"--input: {path}: no .txt or .jsonl there (also .gz, .xz, .zst)")
         paths += found
@@ -141,16 +155,31 @@ def read_documents(paths):
         before += path.stat().st_size
 
 
+def unzstd(path, raw):
+    """The content of a .zst in pieces. Raises EOFError where its last frame is cut short, which zstandard's own
+    stream_reader takes for the end."""
+    zstandard, frame, content = require("zstandard", f"reading {path}"), None, bytearray()
+    while data := raw.read(2**12):  # no more, as this may be 32,768 times as long when unpacked
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            content += frame.decompress(data)
+            data = frame.unused_data
+            frame = None if frame.eof else frame
+        if len(content) >= 2**20:
+            yield bytes(content)
+            content.clear()
+    if frame:
+        raise EOFError("it ends within a frame")
+    yield bytes(content)
+
+
 def split_stream(path, raw, separator, longest=2**26):
     """The pieces of a UTF-8 stream between separators, cut where longer than `longest`, so that memory is bounded."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder, fed, rest = io.IncrementalNewlineDecoder(utf8, translate=True), 0, ""
     try:
         stream = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda f: f)(raw)
-        if path.suffix == ".zst":
-            zstandard = require("zstandard", f"reading {path}")
-            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        while chunk := stream.read(2**20):
+        for chunk in unzstd(path, raw) if path.suffix == ".zst" else iter(lambda: stream.read(2**20), b""):
             fed += len(chunk)
             *pieces, rest = (rest + decoder.decode(chunk).lstrip("\ufeff")).split(separator)
             yield from pieces

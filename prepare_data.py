@@ -6,13 +6,12 @@
     python prepare_data.py --dataset=mine --input=a.txt,folder --tokenizer=bpe --vocab_size=8192
 
 Own text: .txt (a blank line ends a document) or .jsonl ({"text": ...} a line), also .gz, .xz, .zst. An interrupted run
-goes on where it stopped when the same command is given again.
+goes on where it stopped when the same command is given again. What else lies in data/NAME/ stays as it is.
 """
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -22,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure, describe, run
-from corpora import BUILT_IN, input_files, own_text
+from configurator import UserError, configure, describe, hold, run
+from corpora import BUILT_IN, input_files, keep_apart, own_text
 from tokenizer import KINDS, UNKNOWN, load_tokenizer, train_bpe
 
 
@@ -39,6 +38,7 @@ class Settings:
     overwrite: bool = False          # replace a dataset that was made with other settings
 
 
+FILES = ("train.bin", "val.bin", "meta.json")  # in this order they get their names, each NAME.partial until then
 BPE_TRAIN_CHARS = 10**9  # a bpe is learned from this much of the training text at most
 BATCH_CHARS = 500_000    # text that a worker gets at once
 SAVE_EVERY = 30          # seconds between notes of progress, from which an interrupted run goes on
@@ -109,19 +109,40 @@ def batches(documents, bar):
     yield batch
 
 
+def sync(*files):
+    """Have on the disk what was written."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path, value):
+    with open(path, "w") as file:
+        file.write(json.dumps(value))
+        sync(file)
+
+
+def read_json(path):
+    """The object in a JSON file, {} where there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
 def write_tokens(folder, source, state, num_proc):
-    """Append the tokens of all documents to folder/{train,val}.bin and count them in state["counts"].
+    """Append the tokens of all documents to folder/{train,val}.bin.partial and count them in state["counts"].
 
     Every SAVE_EVERY seconds folder/progress.json notes how far both files are good; a later call goes on from there.
     """
-    counts, save = state["counts"], folder / "progress.json"
+    counts = state["counts"]
     bar = tqdm(total=1.0, bar_format="tokenizing {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     worker = state["spec"], state["unseen"]
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker, worker)  # starts none yet
     if num_proc == 1:
         start_worker(*worker)
     todo, start, saved = batches(source(skip=counts["documents"]), bar), (time.time(), counts["bytes"]), time.time()
-    with bar, pool, open(folder / "train.bin", "ab") as train, open(folder / "val.bin", "ab") as val:
+    with bar, pool, open(folder / "train.bin.partial", "ab") as train, open(folder / "val.bin.partial", "ab") as val:
         train.truncate(counts["train_tokens"] * state["itemsize"])
         val.truncate(counts["val_tokens"] * state["itemsize"])
         for *ids, found in map(encode, todo) if num_proc == 1 else map_in_order(pool, encode, todo, 4 * num_proc):
@@ -132,12 +153,67 @@ def write_tokens(folder, source, state, num_proc):
                 counts[key] += found[key]
             bar.set_postfix_str(f"{(counts['bytes'] - start[1]) / 1e6 / (time.time() - start[0]):.1f} MB/s")
             if time.time() - saved > SAVE_EVERY:
-                for file in (train, val):
-                    file.flush()
-                    os.fsync(file.fileno())
-                save.with_suffix(".tmp").write_text(json.dumps(state))
-                save.with_suffix(".tmp").replace(save)
+                sync(train, val)
+                write_json(folder / "progress.json.partial", state)
+                (folder / "progress.json.partial").replace(folder / "progress.json")
                 saved = time.time()
+        sync(train, val)
+
+
+def finish(folder, meta):
+    """Give all files their names. A folder without meta.json is no dataset, so it goes first and comes last: at any
+    moment the folder holds the old dataset, none or the new one."""
+    write_json(folder / "meta.json.partial", meta)
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name in FILES:
+        (folder / f"{name}.partial").replace(folder / name)
+    (folder / "progress.json").unlink(missing_ok=True)
+
+
+def resumable(folder, state):
+    """Whether the files that progress.json tells of are there, and as long as it says."""
+    paths = [(folder / f"{split}.bin.partial", state["counts"][f"{split}_tokens"]) for split in ("train", "val")]
+    return all(path.exists() and path.stat().st_size >= n * state["itemsize"] for path, n in paths)
+
+
+def make(folder, settings, origin, spec, make_source):
+    """The dataset in folder, unless it is there; spec: its tokenizer, or None where it is to be learned."""
+    kind, there = origin["tokenizer"], [name for name in FILES if (folder / name).exists()]
+    if there and not settings.overwrite:
+        made = read_json(folder / ("meta.json" if "meta.json" in there else "meta.json.partial"))
+        if made.get("source") != origin:
+            raise UserError(f"{folder} was made with other settings: give another --dataset= or --overwrite=True")
+        if len(there) == len(FILES):
+            return print(f"{folder} is there already, made with these settings; --overwrite=True makes it anew")
+
+    source = make_source(settings, "\n\n" if "char" in (kind, spec and spec["kind"]) else "")
+    state = read_json(folder / "progress.json")
+    if state.get("source") == origin and resumable(folder, state):
+        print(f"going on after {state['counts']['documents']:,} documents")
+    else:
+        (folder / "progress.json").unlink(missing_ok=True)
+        unseen = None
+        if not spec:
+            print("learning the vocabulary")
+            spec, unseen = learn_vocabulary(kind, origin.get("vocab_size"), source)
+        counts = dict.fromkeys(("train_tokens", "val_tokens", "documents", "bytes", "unknown_characters"), 0)
+        state = {"source": origin, "spec": spec, "unseen": unseen, "counts": counts}
+    tokenizer = load_tokenizer(state["spec"])
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    state["itemsize"] = dtype.itemsize
+    start, before = time.time(), state["counts"]["bytes"]
+    write_tokens(folder, source, state, settings.num_proc)
+
+    counts = state["counts"]
+    if not counts["train_tokens"] or not counts["val_tokens"]:
+        raise UserError(f"{counts['documents']} documents gave {counts['train_tokens']} tokens to train and "
+                        f"{counts['val_tokens']} to validate: change val_fraction={settings.val_fraction}; in .txt a "
+                        f"blank line ends a document")
+    finish(folder, {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "tokenizer": state["spec"], **counts,
+                    "source": origin})
+    print(f"{folder}: {counts['train_tokens']:,} tokens to train, {counts['val_tokens']:,} to validate, vocabulary of "
+          f"{tokenizer.vocab_size:,} ({kind}), {counts['unknown_characters']:,} unknown characters, "
+          f"{counts['documents']:,} documents, {(counts['bytes'] - before) / 1e6 / (time.time() - start):.1f} MB/s")
 
 
 def main(argv):
@@ -145,65 +221,29 @@ def main(argv):
     print(f"prepare_data.py\n{describe(settings, sources)}")
     make_source, kind, vocab_size = BUILT_IN.get(settings.dataset, (own_text, "gpt2", 8192))
     kind, vocab_size = settings.tokenizer or kind, settings.vocab_size or vocab_size
-    num_proc = settings.num_proc or os.cpu_count()
-    spec = {"kind": "gpt2"} if kind == "gpt2" else None  # None: to be learned from the text
-    if Path(kind, "meta.json").is_file():
-        spec = json.loads(Path(kind, "meta.json").read_text())["tokenizer"]
-    elif Path(kind, "ckpt.pt").is_file():  # of a run that was shared
+    settings.num_proc = settings.num_proc or os.cpu_count()
+    spec = {"kind": "gpt2"} if kind == "gpt2" else read_json(Path(kind, "meta.json")).get("tokenizer")
+    if not spec and Path(kind, "ckpt.pt").is_file():  # of a run that was shared
         from checkpoints import load_checkpoint  # imports torch, which nothing else here needs
         spec = load_checkpoint(kind)["meta"]["tokenizer"]
     if not spec and kind not in KINDS:
         raise UserError(f"unknown tokenizer {kind!r}: expected {', '.join(KINDS)} or the folder of a dataset or run "
                         "that has one")
-    if not re.fullmatch(r"[\w.-]+", settings.dataset) or not 0 < settings.val_fraction < 1 or num_proc < 1:
-        raise UserError(f"dataset={settings.dataset!r} must be a folder's name, val_fraction={settings.val_fraction} "
-                        f"between 0 and 1, num_proc={num_proc} at least 1")
+    if (not re.fullmatch(r"[\w-]([\w.-]*[\w-])?", settings.dataset) or not 0 < settings.val_fraction < 1
+            or settings.num_proc < 1):
+        raise UserError(f"dataset={settings.dataset!r} must be a name of letters, digits, _ and -, dots only inside, "
+                        f"val_fraction={settings.val_fraction} between 0 and 1, num_proc={settings.num_proc} at least "
+                        "1")
+    folder = Path(settings.data_dir) / settings.dataset
+    if settings.input:
+        keep_apart(settings.input, folder)
     origin = {"dataset": settings.dataset, "input": settings.input, "tokenizer": kind}
     origin |= {"vocab_size": vocab_size} if kind == "bpe" else {}
     if make_source is own_text and settings.input:
         n_bytes = sum(path.stat().st_size for path in input_files(settings.input))  # so that other text is noticed
         origin |= {"input_bytes": n_bytes, "val_fraction": settings.val_fraction}
-    target, folder = (Path(settings.data_dir) / (settings.dataset + end) for end in ("", ".partial"))
-    if (target / "meta.json").exists() and not settings.overwrite:
-        if json.loads((target / "meta.json").read_text())["source"] == origin:
-            return print(f"{target} is there already, made with these settings; --overwrite=True makes it anew")
-        raise UserError(f"{target} was made with other settings: give another --dataset= or --overwrite=True")
-
-    source = make_source(settings, "\n\n" if "char" in (kind, spec and spec["kind"]) else "")
-    state = {}
-    if (folder / "progress.json").exists():
-        state = json.loads((folder / "progress.json").read_text())
-    if state.get("source") == origin:
-        print(f"going on after {state['counts']['documents']:,} documents")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        unseen = None
-        if not spec:
-            print("learning the vocabulary")
-            spec, unseen = learn_vocabulary(kind, vocab_size, source)
-        counts = dict.fromkeys(("train_tokens", "val_tokens", "documents", "bytes", "unknown_characters"), 0)
-        state = {"source": origin, "spec": spec, "unseen": unseen, "counts": counts}
-    tokenizer = load_tokenizer(state["spec"])
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    state["itemsize"] = dtype.itemsize
-    start, before = time.time(), state["counts"]["bytes"]
-    write_tokens(folder, source, state, num_proc)
-
-    counts = state["counts"]
-    if not counts["train_tokens"] or not counts["val_tokens"]:
-        raise UserError(f"{counts['documents']} documents gave {counts['train_tokens']} tokens to train and "
-                        f"{counts['val_tokens']} to validate: change val_fraction={settings.val_fraction}; in .txt a "
-                        f"blank line ends a document")
-    meta = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "tokenizer": state["spec"], **counts,
-            "source": origin}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "progress.json").unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    folder.rename(target)
-    print(f"{target}: {counts['train_tokens']:,} tokens to train, {counts['val_tokens']:,} to validate, vocabulary of "
-          f"{tokenizer.vocab_size:,} ({kind}), {counts['unknown_characters']:,} unknown characters, "
-          f"{counts['documents']:,} documents, {(counts['bytes'] - before) / 1e6 / (time.time() - start):.1f} MB/s")
+    with hold(folder):
+        make(folder, settings, origin, spec, make_source)
 
 
 if __name__ == "__main__":

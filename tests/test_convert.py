@@ -16,7 +16,7 @@ import convert
 import sample
 import train
 from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, weights_only
-from configurator import UserError
+from configurator import UserError, hold
 from edits import make_edits, parse, read_edits
 from layouts import LAYOUTS, names, to_layout
 from model import Backpack, BackpackConfig
@@ -336,7 +336,7 @@ def test_bad_sources(tmp_path):
             convert.main(args)
     source(folder, random_hf())
     imported(tmp_path, folder)
-    with pytest.raises(UserError, match="has a checkpoint"):
+    with pytest.raises(UserError, match="run has ckpt.pt, config.json, meta.json, which an import replaces"):
         imported(tmp_path, folder)
     with pytest.raises(UserError, match="this run has no tokenizer"):
         sample.main([f"--out_dir={tmp_path / 'run'}"])
@@ -492,12 +492,32 @@ def test_what_lies_in_a_folder_stays(tmp_path):
     imported(tmp_path, folder)
     assert (out / "other/ckpt.pt").read_text() == "a run"
     (out / "metrics.jsonl").write_text("of the run before")
+    with hold(out), pytest.raises(UserError, match="run is in use by another process"):
+        imported(tmp_path, folder, "--overwrite=True")
+    assert (out / "metrics.jsonl").exists()
     imported(tmp_path, folder, "--overwrite=True")
     assert (out / "other/ckpt.pt").exists() and not (out / "metrics.jsonl").exists()
     before = (out / "config.json").read_text()
     with pytest.raises(UserError, match="has a run: give another --dest"):
         convert.main([f"--out_dir={out}", "--to=backpack-gpt2", f"--dest={out}"])
     assert (out / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json"])
+def test_an_import_replaces_nothing_unasked(tmp_path, name):
+    """Neither a run whose checkpoint is gone, nor the source, nor a dataset."""
+    folder, file = source(tmp_path / "hf", random_hf()), tmp_path / "run" / name
+    file.parent.mkdir()
+    file.write_text("of the user")
+    with pytest.raises(UserError, match=f"run has {name}, which .* --overwrite=True"):
+        imported(tmp_path, folder)
+    assert file.read_text() == "of the user" and list(file.parent.iterdir()) == [file]
+    imported(tmp_path, folder, "--overwrite=True")
+    assert not file.exists() or file.read_bytes() != b"of the user"
+    shutil.rmtree(file.parent)
+    file.parent.mkdir()
+    (file.parent / "metrics.jsonl").touch()  # as a run leaves it that ends before its first step
+    imported(tmp_path, folder)
 
 
 def test_a_hub_id_without_a_network(tmp_path, monkeypatch):

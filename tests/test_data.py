@@ -1,8 +1,11 @@
 import gzip
+import itertools
 import json
 import lzma
 import random
+import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +14,9 @@ from conftest import ROOT, lines
 
 import corpora
 import prepare_data
+from batches import load_data
 from checkpoints import load_checkpoint
-from configurator import UserError, run
+from configurator import UserError, hold, run
 from tokenizer import GPT2_WHEEL, load_tokenizer, pip_wheel, train_bpe
 
 STRANGE = ["naïve café", "日本語のテキスト、漢字。", "🙂🙃 emoji", "tabs\tand  spaces ", "line one\nline two",
@@ -65,7 +69,9 @@ def test_the_default_dataset(tmp_path):
     whole = tmp_path / "shakespeare_char"
     before = (whole / "train.bin").stat().st_mtime_ns
     prepare(tmp_path, dataset="shakespeare_char")
-    assert (whole / "train.bin").stat().st_mtime_ns == before and not list(tmp_path.glob("*.partial"))
+    assert (whole / "train.bin").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["shakespeare_char"]
+    assert sorted(path.name for path in whole.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_tinyshakespeare_from_a_local_copy(tmp_path, monkeypatch):
@@ -172,8 +178,8 @@ def test_a_run_that_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "encode", dies)
     with pytest.raises(MemoryError):
         prepare(tmp_path, **keys)
-    assert not (tmp_path / "mine").exists()
-    with open(tmp_path / "mine.partial/train.bin", "ab") as file:
+    assert not (tmp_path / "mine/train.bin").exists() and not (tmp_path / "mine/meta.json").exists()
+    with open(tmp_path / "mine/train.bin.partial", "ab") as file:
         file.write(b"what was written after the last note of progress")
     done = sum(calls[:6])
     calls.clear()
@@ -181,7 +187,132 @@ def test_a_run_that_stopped_goes_on(tmp_path, monkeypatch):
     assert sum(calls) == 200 - done
     for name in ("train.bin", "val.bin"):
         assert (tmp_path / "mine" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not (tmp_path / "mine.partial").exists()
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"train.bin", "val.bin", "meta.json"}
+
+
+def test_a_run_that_stopped_begins_anew_where_its_files_are_gone(tmp_path, monkeypatch):
+    """Not with zeros in place of what progress.json says was written."""
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
+    keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.1}
+    before, _, _ = prepare(tmp_path, dataset="whole", **keys)
+    monkeypatch.setattr(prepare_data, "SAVE_EVERY", 0)
+    monkeypatch.setattr(prepare_data, "finish", lambda folder, meta: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        prepare(tmp_path, **keys)
+    monkeypatch.undo()
+    (tmp_path / "mine/train.bin.partial").unlink()
+    assert (tmp_path / "mine/progress.json").exists() and prepare(tmp_path, **keys)[0] == before
+
+
+def limited(call, left):
+    """call, as often as left has items, of which each takes one; then it raises an OSError."""
+    def limited_call(*args, **keys):
+        if not left:
+            raise OSError
+        left.pop()
+        return call(*args, **keys)
+    return limited_call
+
+
+def test_a_rebuild_leaves_the_old_dataset_the_new_one_or_none(tmp_path, monkeypatch):
+    """Whichever of its renames and removals is the last that it comes to; and the same command makes up for it."""
+    keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2, "overwrite": True}
+    texts = [write(tmp_path / "t.txt", "\n\n".join(lines(90, start))) and prepare(tmp_path, dataset=name, **keys)[:2]
+             for name, start in (("old", 1000), ("new", 0))]
+    found = []
+    for stop in itertools.count():
+        write(tmp_path / "t.txt", "\n\n".join(lines(90, 1000)))
+        prepare(tmp_path, **keys)
+        write(tmp_path / "t.txt", "\n\n".join(lines(90)))
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_data, "SAVE_EVERY", 0)
+            left = [None] * stop
+            patch.setattr(Path, "replace", limited(Path.replace, left))
+            patch.setattr(Path, "unlink", limited(Path.unlink, left))
+            try:
+                prepare(tmp_path, **keys)
+                break
+            except OSError:
+                pass
+        whole = (tmp_path / "mine/meta.json").exists()
+        found.append(texts.index(read(tmp_path / "mine")[:2]) if whole else None)
+        if not whole:
+            with pytest.raises(UserError, match="no dataset at"):
+                load_data(SimpleNamespace(data_dir=tmp_path, dataset="mine"))
+        assert prepare(tmp_path, **keys)[:2] == texts[1]
+    assert [kind for kind, _ in itertools.groupby(found)] == [0, None, 1]
+
+
+def test_a_first_run_cut_short_in_its_last_moments_needs_no_overwrite(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
+    keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", limited(Path.replace, [None]))
+        with pytest.raises(OSError):
+            prepare(tmp_path, **keys)
+    assert (tmp_path / "mine/train.bin").exists() and not (tmp_path / "mine/train.bin.partial").exists()
+    assert documents(*prepare(tmp_path, **keys)[:2]) == sorted(lines(90))
+
+
+def test_nothing_of_the_user_is_removed(tmp_path, monkeypatch):
+    """Neither what lies beside a dataset, nor in its folder, nor the files of a dataset that another program made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
+    keys = {"input": "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2}
+    names = ("mine/notes.txt", "mine/sub/train.bin", "mine.partial/meta.json", "other/x")
+    mine = {f"data/{name}": name for name in names}
+    for path, text in mine.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(Path(path), text)
+    for overwrite in (False, True):
+        prepare(Path("data"), **keys, overwrite=overwrite)
+    for dataset in ("", ".", "..", ".hidden", "mine.", "mine/", "../data", "/", "-x\n", "a b"):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="dataset=.* must be a name"):
+                prepare(Path("data"), dataset=dataset, **keys, overwrite=overwrite)
+    assert {path: Path(path).read_text() for path in mine} == mine
+    write(Path("data/other/train.bin"), "of another program")
+    with pytest.raises(UserError, match="was made with other settings"):
+        prepare(Path("data"), dataset="other", **keys)
+    assert Path("data/other/train.bin").read_text() == "of another program"
+    prepare(Path("data"), dataset="a.b-c_9", **keys)
+
+
+@pytest.mark.parametrize("given", ["data/mine/book.txt", "t.txt,data/mine", "data", "link/book.txt", "data/mine/x.bin"])
+def test_a_text_in_the_folder_of_the_dataset_is_refused(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    Path("data/mine/sub").mkdir(parents=True)
+    Path("link").symlink_to("data/mine")
+    for name in ("t.txt", "data/mine/book.txt", "data/mine/x.bin"):
+        write(Path(name), "\n\n".join(lines(90)))
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="lies in data/mine, the folder of the dataset") as error:
+            prepare(Path("data"), input=given, tokenizer="char", overwrite=overwrite)
+        assert "\n" not in str(error.value)
+    assert sorted(path.name for path in Path("data/mine").iterdir()) == ["book.txt", "sub", "x.bin"]
+    with pytest.raises(UserError, match="lies in data/tinyshakespeare_char, the folder of the dataset"):
+        Path("data/mine").rename("data/tinyshakespeare_char")
+        prepare(Path("data"), dataset="tinyshakespeare_char", input="data/tinyshakespeare_char/book.txt")
+
+
+def test_one_process_at_a_time_makes_a_dataset(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
+    keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2}
+    with hold(tmp_path / "mine"), pytest.raises(UserError, match="mine is in use by another process"):
+        prepare(tmp_path, **keys)
+    assert not (tmp_path / "mine").exists()
+    prepare(tmp_path, **keys)
+
+
+@pytest.mark.parametrize("dtype", ["object", "float32", "int16", "uint8", ">u2", "", None, ["uint16"], 16])
+def test_a_number_type_that_no_dataset_has(tmp_path, data_dir, dtype):
+    for name in ("train.bin", "val.bin"):
+        write(tmp_path / name, (data_dir / "tiny" / name).read_bytes())
+    meta = json.loads((data_dir / "tiny/meta.json").read_text()) | {"dtype": dtype}
+    write(tmp_path / "meta.json", json.dumps(meta))
+    with pytest.raises(UserError) as error:
+        load_data(SimpleNamespace(data_dir=tmp_path.parent, dataset=tmp_path.name))
+    assert str(error.value).startswith(f"{tmp_path / 'meta.json'}: dtype={dtype!r}, expected 'uint16' or 'uint32'")
 
 
 def test_processes_change_nothing(tmp_path, monkeypatch):
@@ -283,7 +414,36 @@ def write(path, content):
 def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(UserError) as error:
         prepare(tmp_path, input=write(tmp_path / name, content), tokenizer="gpt2")
-    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "mine").exists()
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "mine/meta.json").exists()
+
+
+def packed(kind, text):
+    import zstandard
+    return {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[kind](text)
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
+def test_several_compressed_parts_in_one_file(tmp_path, kind):
+    docs, random_bytes = lines(300), random.Random(0).randbytes
+    docs.append(random_bytes(500_000).hex())  # larger than what is read at once
+    parts = [packed(kind, ("\n\n".join(docs[i::3]) + "\n\n").encode()) for i in range(3)]
+    if kind == "zst":  # frames that a reader skips
+        parts[1:1] = [struct.pack("<II", 0x184D2A50, 5) + b"12345"]
+    path = write(tmp_path / f"t.txt.{kind}", b"".join(parts))
+    assert sorted(text for text, _ in corpora.read_documents([path])) == sorted(docs)
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_compressed_file_cut_short_is_an_error(tmp_path, kind, parts):
+    text = "\n\n".join(lines(5000)).encode()
+    part = packed(kind, text)
+    for left in (1, 5, 20, len(part) // 10, len(part) // 2, len(part) - 1):
+        path = write(tmp_path / f"t.txt.{kind}", part * (parts - 1) + part[:left])
+        with pytest.raises(UserError, match=f"t.txt.{kind} can't be read"):
+            prepare(tmp_path, input=path, tokenizer="char")
+    assert not (tmp_path / "mine/meta.json").exists()
 
 
 @pytest.mark.parametrize("keys, message", [
@@ -307,7 +467,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
     with pytest.raises(SystemExit) as stop:
         run(lambda argv: prepare(tmp_path, input=tmp_path / "t.txt"))
-    assert stop.value.code == 1 and not (tmp_path / "mine").exists()
+    assert stop.value.code == 1 and not (tmp_path / "mine/meta.json").exists()
 
 
 def test_another_dataset_of_that_name_stays(tmp_path):
