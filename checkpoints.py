@@ -9,13 +9,16 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, cut short, of another shape or not ours; the text is one line for the user."""
 
 
-def load_checkpoint(path, device="cpu"):
-    """The dict that train.py saved in a run folder or a file; nothing pickled is executed. Raises CheckpointError."""
+def load_checkpoint(path, device="cpu", mmap=False):
+    """The dict that train.py saved in a run folder or a file; nothing pickled is executed. Raises CheckpointError.
+
+    mmap: tensors are read where they are used, and processes share them; the file must not be written in place.
+    """
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give a run folder of train.py, or train one first")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load names no base class: zip, pickle and storage errors all come here
         raise CheckpointError(f"{path} is truncated or no checkpoint of train.py: {str(error)[:200]!r}") from None
     if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():

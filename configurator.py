@@ -4,6 +4,7 @@ A script's settings are a dataclass: names, types and defaults, and the comment 
 is Python that assigns to these names; later sources win. Nothing here knows the scripts or imports torch.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -104,6 +105,33 @@ def help_text(settings, doc=""):
 def describe(values, sources):
     """One line for each setting that was changed, with its source."""
     return "\n".join(f"  {key} = {getattr(values, key)!r}  ({source})" for key, source in sources.items())
+
+
+@contextlib.contextmanager
+def hold(folder):
+    """Hold a folder, made if need be, for this process alone. Raises UserError where another process holds it.
+
+    The lock is on folder/.lock, which is removed in the end, as are folders that were made here and stayed empty. A
+    process that dies, however it dies, holds nothing.
+    """
+    from filelock import FileLock, Timeout  # a package that torch needs, too
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process: wait until it ends, or name another folder") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            (folder / ".lock").unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
 
 
 def run(main, *user_errors):

@@ -185,7 +185,8 @@ def import_run(s):
     ckpt = {"model": state, "step": 0, "meta": meta, "config": asdict(config) | {
         "dataset": "", "source": s.source, "source_layout": layout, "source_sha256": sha,
         "source_rows": rows if layout != "hf" else config.vocab_size}}
-    Backpack.from_checkpoint(ckpt, "meta")  # refuses what doesn't fit
+    shapes = {name: tensor.to("meta") for name, tensor in state.items()}
+    Backpack.from_checkpoint(ckpt | {"model": shapes}, "meta")  # refuses what doesn't fit
     with hold(out):
         check_out_dir(s)  # what another process may have made there meanwhile
         save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all

@@ -20,13 +20,13 @@ def pick_device(name):
     """torch.device for "auto" (cuda, else mps, else cpu) or a name. Raises UserError for one that is not there."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind in have if have[kind]))
+        name = next(kind for kind in have if have[kind])
     kind, _, index = name.partition(":")
     if kind not in have or (index and not index.isdigit()):
         raise UserError(f"device={name!r}: expected auto, cpu, mps, cuda or cuda:N")
     if not have[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device={name!r}: this machine has no such device; --device=auto takes what there is")
-    return torch.device(name)
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)  # set_device wants an index
 
 
 def pick_dtype(name, device):

@@ -178,6 +178,44 @@ class Edits(nn.Module):
         return total
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of logits o E^T by chunks of rows; whole logits, N x V numbers, never are in memory.
+
+    A chunk's gradient is softmax - one-hot, so forward takes it along while the chunk's logits are at hand: three
+    products in all, where recomputing them in backward would need four. Sums are float32, whatever the type of o; the
+    gradient meets the loss scale (and 1/N) only in backward, so it neither underflows nor hides from a GradScaler.
+    """
+
+    @staticmethod
+    def forward(ctx, o, E, y, vocab_size, with_grad):
+        """o (N,D), E (rows,D) float32, y (N,) with -100 where none counts -> the loss, a float32 tensor ()."""
+        wide = torch.promote_types(o.dtype, torch.float32)
+        W, total, count = E.to(o.dtype), o.new_zeros((), dtype=wide), (y >= 0).sum()               # (rows,D), (), ()
+        n = max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E))  # rows of a chunk
+        do, dE = torch.empty_like(o), torch.zeros_like(E, dtype=wide)
+        buffer = o.new_empty(min(n, len(o)), len(E))
+        for x, dx, target in zip(o.split(n), do.split(n), y[:, None].split(n)):               # (n,D), (n,D), (n,1)
+            counts, target = target >= 0, target.clamp(min=0)
+            logits = torch.mm(x, W.T, out=buffer[: len(x)]).to(wide)                               # (n,rows)
+            logits[:, vocab_size:] = -math.inf  # padded rows: in the product, as kernels like sizes of 8, but unlikely
+            said, top = logits.gather(1, target), logits.amax(1, keepdim=True)                          # (n,1)
+            p = logits.sub_(top).exp_()  # in place: new memory of this size costs a CPU as much as the arithmetic
+            norm = p.sum(1, keepdim=True)                                                          # (n,1)
+            total += ((norm.log() + top - said) * counts).sum()
+            if with_grad:
+                p = p.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1.0)).to(o.dtype)  # (n,rows)
+                torch.mul(p @ W, counts, out=dx)
+                x = x * counts
+                dE = dE.addmm_(p.T, x) if p.dtype == wide else dE.add_(p.T @ x)
+        ctx.save_for_backward(do, dE, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        do, dE, count = ctx.saved_tensors
+        return do * (grad / count), dE * (grad / count), None, None, None
+
+
 class Backpack(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -282,15 +320,12 @@ class Backpack(nn.Module):
         """o (...,D) -> logits (...,V) = o E^T, without the padded rows."""
         return F.linear(o, self.wte.weight[: self.config.vocab_size])
 
-    @torch.compiler.disable  # chunks run eagerly: the compiled part ends at o
     def _loss(self, o, targets):
-        """Mean cross-entropy of logits o E^T, o (B,T,D), targets (B,T); large vocabularies in chunks, never whole."""
-        E = self.wte.weight[: self.config.vocab_size]                                              # (V,D)
+        """Mean cross-entropy (nats, float32) of the logits o E^T: o (B,T,D), targets (B,T), -100 where none counts."""
         if torch.is_autocast_enabled(o.device.type):
-            dtype = torch.get_autocast_dtype(o.device.type)
-            o, E = o.to(dtype), E.to(dtype)
-        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(E) > E.size(1) else None
-        return F.linear_cross_entropy(o.flatten(0, 1), E, targets.flatten(), options=chunks)
+            o = o.to(torch.get_autocast_dtype(o.device.type))
+        o, y = o.flatten(0, 1), targets.flatten()                                                  # (N,D), (N,)
+        return LinearCrossEntropy.apply(o, self.wte.weight, y, self.config.vocab_size, torch.is_grad_enabled())
 
     def forward(self, idx, targets=None, attention_mask=None, senses=None, transformer_share=None):
         """Next-token logits, or their loss.
@@ -376,10 +411,10 @@ class Backpack(nn.Module):
             values = {f.name: ckpt["config"][f.name] for f in fields(BackpackConfig) if f.name in ckpt["config"]}
             with torch.device("meta"):
                 model = cls(BackpackConfig(**values | changes))
-            model.load_state_dict(ckpt["model"], assign=True)
+            model.to_empty(device=device).load_state_dict(ckpt["model"])  # copies: a tensor of the file may be a view
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint's weights don't fit its config: {str(error)[:200]!r}") from None
-        return model.to(device, torch.float32).eval()
+        return model.eval()
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

@@ -5,6 +5,7 @@
     python train.py config/shakespeare_char.py --init_from=resume       go on where a run stopped
     python train.py --out_dir=out/tuned --init_from=out/run             start from the weights of another run
 """
+import contextlib
 import datetime
 import functools
 import importlib.util
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batches import documents, load_data, take
 from checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from configurator import UserError, configure, describe, run
+from configurator import UserError, configure, describe, hold, run
 from devices import autocast, flops_per_token, memory_need, peak_flops, peak_memory, pick_device, pick_dtype
 from model import Backpack, BackpackConfig
 
@@ -68,6 +69,8 @@ class Settings(BackpackConfig):
 
 MODEL_KEYS = [f.name for f in fields(BackpackConfig)]
 FREE_KEYS = {"dropout", "grad_checkpoint", "init_std"}          # of these, what may differ from a checkpoint's
+RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")             # what a run from scratch replaces, if told to overwrite
+STOP_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # schedulers repeat them; Windows has no HUP
 CALL_KEYS = {"init_from", "overwrite", "out_dir", "eval_only"}  # what a resumed run does not take from its checkpoint
 
 
@@ -77,7 +80,7 @@ def start_values(s, sources):
         s.init_from = "resume"  # torchrun started this worker group again
     if s.init_from == "scratch":
         return None
-    ckpt = load_checkpoint(s.out_dir if s.init_from == "resume" else s.init_from)
+    ckpt = load_checkpoint(s.out_dir if s.init_from == "resume" else s.init_from, mmap=True)  # once for all ranks
     for key, value in ckpt["config"].items():
         if key not in sources and (key in MODEL_KEYS or (s.init_from == "resume" and key not in CALL_KEYS)):
             setattr(s, key, value)
@@ -100,8 +103,10 @@ def problems_with(s, data, meta, ckpt, world):
         if meta and meta["tokenizer"] != ckpt["meta"]["tokenizer"]:
             problems.append(f"{s.dataset} was not made with the checkpoint's tokenizer: prepare it with "
                             f"--tokenizer={init if init.is_dir() else init.parent}")
-    if s.init_from != "resume" and (out / "ckpt.pt").exists() and not (s.overwrite or s.eval_only):
-        problems.append(f"{out} has a checkpoint: --init_from=resume goes on with it, --overwrite=True replaces it")
+    found = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size]
+    if s.init_from != "resume" and found and not (s.overwrite or s.eval_only):
+        hint = "--init_from=resume goes on with it, " if "ckpt.pt" in found else ""
+        problems.append(f"{out} has {' and '.join(found)} of another run: {hint}--overwrite=True replaces it")
     if s.init_from not in ("scratch", "resume") and out.resolve() in (init.resolve(), init.resolve().parent):
         problems.append(f"init_from={s.init_from} lies in out_dir: give another --out_dir")
     if s.block_size < 1 or s.tokens_per_step < 1 or s.tokens_per_step % (s.block_size * world):
@@ -112,6 +117,8 @@ def problems_with(s, data, meta, ckpt, world):
                         f"sequences that tokens_per_step={s.tokens_per_step} gives a rank")
     positive = ("max_iters", "eval_interval", "eval_iters", "log_interval", "learning_rate")
     problems += [f"{key}={getattr(s, key)} must be more than 0" for key in positive if getattr(s, key) <= 0]
+    if not s.grad_clip >= 0:
+        problems.append(f"grad_clip={s.grad_clip} must be at least 0 (0: no clipping)")
     if not 0 <= s.transformer_share <= 1:
         problems.append(f"transformer_share={s.transformer_share} must be from 0 to 1")
     if s.schedule not in ("linear", "cosine"):
@@ -161,6 +168,23 @@ def accumulate(net, model, x, y, distinct, amp, scale=lambda loss: loss, last=Tr
     return total
 
 
+def load_optimizer(optimizer, saved):
+    """Take up the moments of a checkpoint; the settings stay the optimizer's. Raises CheckpointError."""
+    groups = optimizer.state_dict()["param_groups"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in params]
+    try:
+        found = [{name: tuple(value.shape) for name, value in saved["state"][i].items()} for i in range(len(params))]
+    except (KeyError, TypeError, AttributeError):
+        found = None
+    if saved["state"] and found != shapes:
+        raise CheckpointError("the checkpoint's optimizer state does not fit its weights: --init_from=PATH takes these")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for p, state in optimizer.state.items():  # in memory of their own, not views or pages of the file
+        for name, value in state.items():
+            state[name] = torch.empty_like(p if value.dim() else value).copy_(value)
+
+
 def cut_metrics(path, step):
     """Drop what a stopped run wrote after its checkpoint: later steps, half a line, the evaluation to be repeated."""
     kept = []
@@ -177,9 +201,13 @@ def cut_metrics(path, step):
 
 def main(argv):
     s, sources = configure(Settings, argv, __doc__)
-
-    # ---- set-up: processes, device, checks
     rank, world, local_rank = (int(os.environ.get(*k)) for k in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    with hold(s.out_dir) if rank == 0 and not s.eval_only else contextlib.nullcontext():
+        start(s, sources, rank, world, local_rank)
+
+
+def start(s, sources, rank, world, local_rank):
+    # ---- set-up: processes, device, checks
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
     say(f"train.py\n{describe(s, sources)}")
     ckpt = start_values(s, sources)
@@ -216,14 +244,20 @@ def main(argv):
         store, *_ = next(dist.rendezvous("env://"))
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group(  # the timeout: others wait while rank 0 writes a checkpoint of tens of GB
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+            timeout=datetime.timedelta(hours=1), device_id=device if device.type == "cuda" else None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOP_SIGNALS)}
     try:
         train(s, config, data, meta, ckpt, device, dtype, rank, world, say)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"batch_size={s.batch_size} sequences of {s.block_size} tokens don't fit the memory of {device}"
+                        f": lower batch_size, or --grad_checkpoint=True ({str(error).splitlines()[0]})") from None
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if world > 1:
-            dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if world > 1:  # not after an error: it would wait for ranks that are gone
+        dist.destroy_process_group()
 
 
 def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
@@ -240,14 +274,16 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
     say(f"{n:,} parameters: {states / 1e9:.2f} GB with gradients and AdamW, and about {kept / 1e9:.2f} GB for a "
         f"micro-batch of {B} x {s.block_size} tokens\n{world} ranks x {accum} micro-steps on {device} in {dtype}")
     torch.manual_seed(s.seed)
-    model = Backpack.from_checkpoint(ckpt, **{key: getattr(s, key) for key in FREE_KEYS}) if ckpt else Backpack(config)
-    model.to(device).train()
+    changes = {key: getattr(s, key) for key in FREE_KEYS}
+    model = Backpack.from_checkpoint(ckpt, device, **changes) if ckpt else Backpack(config).to(device)
+    model.train()
     optimizer = torch.optim.AdamW(model.param_groups(s.weight_decay), s.learning_rate, (s.beta1, s.beta2),
                                   fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, wandb_id = ckpt["step"] if s.init_from == "resume" else 0, math.inf, None
+    saved = step if s.init_from == "resume" else None
     if s.init_from == "resume" and not s.eval_only:
-        optimizer.load_state_dict(ckpt["optimizer"])
+        load_optimizer(optimizer, ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
         best, wandb_id = ckpt["best"], ckpt["wandb_id"]
     del ckpt
@@ -258,6 +294,8 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
             net = torch.compile(model)
             accumulate(net, model, x[:2], y[:2], distinct if s.n_sense else None, autocast(device, dtype),
                        transformer_share=transformer_share(s, step))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no C compiler, an old GPU, ...: whatever it is, training works without
             say(f"training without torch.compile, which fails here: {type(error).__name__}: {str(error)[:200]!r}")
             net = model
@@ -272,28 +310,33 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
             dist.all_reduce(total)
         return total.tolist()
 
+    stop = []  # the signals that came
+
     # ---- evaluate: all ranks together, on the same windows of val.bin every time and for any number of ranks
     windows = np.arange(0, len(val_data) - 1, s.block_size)[:, None] + [0, 1, s.block_size + 1]
     if not s.full_val and (some := s.eval_iters * s.tokens_per_step // s.block_size) < len(windows):
         windows = windows[np.linspace(0, len(windows) - 1, some).astype(int)]
     @torch.no_grad()
     def evaluate(windows):
-        """(mean loss over windows (n,3), each with its start, what it predicts first, its stop; number of tokens)"""
+        """(mean loss over windows (n,3), each with its start, what it predicts first, its stop; number of tokens;
+        whether a signal to stop has cut it short on any rank)"""
         model.eval()
         loss, mine = np.zeros(2), windows[rank::world]
         for i in range(0, len(mine), B):
+            if stop:
+                break
             x, y, _, count = take(val_data, mine[i : i + B, 0], s, device, *mine[i : i + B, 1:].T)
             with autocast(device, dtype):  # the plain model: one graph less to compile, and no rule for shapes
                 loss += np.array([model(x, y)[1].item(), 1]) * count
         model.train()
-        total, count = all_sum(*loss)
-        return total / count, int(count)
+        total, count, stopping = all_sum(*loss, len(stop))
+        return total / max(count, 1), int(count), stopping > 0
 
     if s.eval_only:
-        loss, count = evaluate(windows)
+        loss, count, _ = evaluate(windows)
         say(f"step {step}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {count:,} tokens")
         if s.full_val and (found := documents(val_data, meta["tokenizer"], s.block_size)):
-            loss, count = evaluate(found[0])
+            loss, count, _ = evaluate(found[0])
             say(f"by document: word perplexity {math.exp(min(loss * count / found[1], 700)):.2f}, {found[1]:,} words")
         return
 
@@ -304,7 +347,7 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         if s.init_from == "resume":
             cut_metrics(out / "metrics.jsonl", step)
         else:
-            for name in ("ckpt.pt", "best.pt", "metrics.jsonl"):
+            for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(vars(s) | {"torch": torch.__version__}, indent=1))
         (out / "meta.json").write_text(json.dumps(meta))
@@ -321,28 +364,40 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         if wandb_run:
             wandb_run.log(record, step=record["step"])
 
+    def diverged(what):
+        at = f"is of step {saved}" if saved is not None else "was not yet written"
+        return UserError(f"step {step}: {what}. The checkpoint in {out} {at}, and stays; try a lower learning_rate or "
+                         "a longer warmup_iters")
+
     def checkpoint(name="ckpt.pt"):
+        nonlocal saved
+        if not all(p.isfinite().all() for p in model.parameters()):  # the same on all ranks, so that all stop
+            raise diverged("the weights are no longer finite")
+        saved = step
         if master:
             save_checkpoint(out / name, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "config": vars(s), "step": step, "meta": meta, "best": best, "wandb_id": wandb_id,
                 "rng": {"seed": s.seed, "step": step}})  # batches and dropout are functions of these
 
-    stop = []
-
     def on_signal(number, frame):
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the next one ends the run at once
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends the run at once
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, on_signal)
 
     # ---- loop; its last pass only evaluates and saves
     flops = sum(flops_per_token(model, len(distinct[0]) / x.numel()).values())
     peak, begin, times, stopping, run_began = peak_flops(device, dtype), step, deque(maxlen=s.log_interval), False, None
     while not stopping:
         if step % s.eval_interval == 0 or step == s.max_iters:
-            loss, count = evaluate(windows)
+            loss, count, stopping = evaluate(windows)
+            if stopping:
+                break
+            if not math.isfinite(loss):
+                raise diverged(f"validation loss {loss}")
             log(step=step, val_loss=loss)
             say(f"step {step}/{s.max_iters}  val loss {loss:.4f}  ({count:,} tokens)")
             if loss < best:
@@ -371,11 +426,10 @@ def train(s, config, data, meta, ckpt, device, dtype, rank, world, say):
         # one wait for the device a step: the exact mean over micro-steps and ranks; and was any rank told to stop?
         loss, stopping = all_sum(total.item() / accum / world, len(stop))
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before updating. The checkpoint "
-                            f"in {out} is good; try a lower learning_rate or a longer warmup_iters")
+            raise diverged(f"loss {loss}, gradient norm {norm}, stopped before the update")
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP: gradients stay in its buckets
         step += 1
         times.append(time.perf_counter() - began)
         if step % s.log_interval == 0 or step == s.max_iters:

@@ -372,3 +372,40 @@ def test_compile_has_no_graph_break_and_does_not_compile_again():
         o.sum().backward()
     assert len({len(ids(2, 16, seed=seed).unique()) for seed in range(4)}) > 1
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def loss_head(vocab_size=8190):
+    """(a function of o and y -> the loss, E, o (16,128,D), y): logits of standard deviation 3, a fourth are targets."""
+    generator, D = torch.Generator().manual_seed(0), 64
+    model = Backpack(BackpackConfig(block_size=128, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=D, n_sense=0))
+    with torch.no_grad():
+        model.wte.weight.copy_(torch.randn(model.wte.weight.shape, generator=generator) * 3 / math.sqrt(D))
+    o, y = torch.randn(16, 128, D, generator=generator), torch.randint(vocab_size // 4, (16, 128), generator=generator)
+    y[3, :50] = -100
+    return model._loss, model.wte.weight, o.requires_grad_(), y
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 65536)])
+def test_the_loss_and_its_gradients_in_16_bits(mode, dtype, scale):
+    loss, E, o, y = loss_head()
+    whole = F.cross_entropy(F.linear(o.double(), E[:8190].double()).flatten(0, 1), y.flatten())
+    of_o, of_E = torch.autograd.grad(whole, (o, E))
+    torch._dynamo.reset()
+    call = loss if mode == "eager" else torch.compile(loss, backend=mode, fullgraph=True)
+    kept = []
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            evaluated = call(o, y)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            trained = call(o, y)
+    grad_o, grad_E = (grad.double() / scale for grad in torch.autograd.grad(scale * trained, (o, E)))
+    for value in (evaluated, trained):
+        assert value.dtype == torch.float32 and abs(value - whole) < 2e-3
+
+    def close(got, want, tolerance):
+        return (got - want).norm() < tolerance * want.norm()
+    never = torch.ones(8190, dtype=torch.bool).index_fill(0, y[y >= 0].unique(), False).nonzero()[:, 0]
+    assert close(grad_o, of_o, 0.01) and close(grad_E, of_E, 0.01) and close(grad_E[never], of_E[never], 0.02)
+    assert not grad_E[8190:].any() and not grad_o[3, :50].any()
+    assert all(math.prod(shape) < 16 * 128 * 8190 for shape in kept)  # no logits are kept for backward

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -243,6 +245,112 @@ def test_torchrun_recovers_from_a_killed_worker(run_train, data_dir, tmp_path):
     assert records(one, "val_loss") == pytest.approx(records(cut, "val_loss"), rel=1e-3)
 
 
+def test_signals_that_come_twice_save_a_step(run_train, data_dir, tmp_path):
+    """torchrun's agent hands on the SIGTERM that schedulers send to all of its workers, too, and more than once."""
+    args, cut = ["--max_iters=100000", "--eval_interval=100000", "--batch_size=4"], tmp_path / "cut"
+    process = command(data_dir, cut, *args, launcher=torchrun())
+    while not (cut / "metrics.jsonl").exists() or len(records(cut, "loss")) < 20:
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        for pid in map(int, [*workers, *[process.pid] * (number == signal.SIGTERM)]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    output, _ = process.communicate(timeout=100)
+    step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
+    assert step >= 20 and load_checkpoint(cut)["step"] == step
+
+
+def test_a_signal_during_evaluation_saves(run_train, monkeypatch, capsys):
+    whole, take = run_train(), train.take
+
+    def kill_in_evaluation(tokens, starts, *args):
+        if len(args) > 2 and records(tmp, "loss").get(8):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(tokens, starts, *args)
+    tmp = whole.parent / "cut"
+    monkeypatch.setattr(train, "take", kill_in_evaluation)
+    run_train(out="cut")
+    assert "stopped by a signal after step 8" in capsys.readouterr().out and 8 not in records(tmp, "val_loss")
+    monkeypatch.setattr(train, "take", take)
+    run_train("--init_from=resume", out="cut")
+    assert_same_state(whole, tmp)
+
+
+@pytest.mark.parametrize("args", [[], ["--device=cuda"], ["--device=cuda:0", "--dtype=float16"]])
+def test_set_up_on_a_single_gpu(run_train, monkeypatch, args):
+    """All of a GPU's set-up but the GPU: only its absence ends it, with the error of torch's build for CPUs."""
+    chosen = []
+    for name, value in (("is_available", True), ("device_count", 1), ("is_bf16_supported", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value, **k: value)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+        run_train(*[a for a in ["--device=auto"] if not args], *args)
+    assert chosen == [0]
+
+
+def test_out_of_memory_is_said_so(run_train, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+    monkeypatch.setattr(train, "accumulate", full)
+    for compiled in (False, True):
+        with pytest.raises(UserError, match="batch_size=8 sequences of 8 tokens don't fit the memory of cpu: lower"):
+            run_train(f"--compile={compiled}", "--overwrite=True")
+
+
+def test_one_step_in_16_bits(run_train, data_dir):
+    """Loss and every parameter's gradient beside those of float32."""
+    out = run_train("--max_iters=4")
+    tokens = torch.from_numpy(np.fromfile(data_dir / "tiny/val.bin", "<u2").astype("int64"))[:120].view(-1, 8)
+
+    def step(dtype, scale):
+        model = Backpack.from_checkpoint(out)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(tokens[:, :-1], tokens[:, 1:], transformer_share=torch.tensor(0.4))[1]
+        (scale * loss).backward()
+        return loss, {name: p.grad / scale for name, p in model.named_parameters()}
+    loss, exact = step(torch.float32, 1)
+    for dtype, scale, tolerance in ((torch.bfloat16, 1, 0.03), (torch.float16, 65536, 0.006)):
+        rounded, found = step(dtype, scale)
+        assert rounded.dtype == torch.float32 and abs(rounded - loss) < 2e-3
+        for name, grad in exact.items():
+            if grad.norm() > 1e-3 * exact["wte.weight"].norm():  # a bias of keys has none but rounding
+                assert (found[name] - grad).norm() < tolerance * grad.norm(), (name, dtype)
+
+
+def test_two_compiled_processes_are_one(run_train, data_dir, tmp_path):
+    one = run_train("--batch_size=4", "--max_iters=4")
+    wait(command(data_dir, tmp_path / "two", "--batch_size=2", "--max_iters=4", "--compile=True", launcher=torchrun()))
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert records(one, key) == pytest.approx(records(tmp_path / "two", key), rel=1e-4)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(data_dir, tmp_path):
+    """In the second step of two, rank 1 has an inf among its gradients: no rank updates, and the scale is halved."""
+    script = tmp_path / "overflow.py"
+    script.write_text(f"""import os, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+accumulate, calls = train.accumulate, []
+def spoil(net, model, *args, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        model.ln_f.weight.register_hook(lambda grad: grad * float("inf"))
+    return accumulate(net, model, *args, **kwargs)
+train.accumulate = spoil
+train.main(sys.argv[1:])
+""")
+    args = [*TINY, f"--data_dir={data_dir}", "--dataset=tiny", "--dtype=float16", "--batch_size=4", "--eval_interval=1"]
+    for n in (1, 2):
+        done = subprocess.run([*torchrun(), str(script), *args, f"--max_iters={n}", f"--out_dir={tmp_path / str(n)}"],
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_checkpoint(tmp_path / str(n)) for n in (1, 2))
+    assert same(one["model"], two["model"]) and two["step"] == 2
+    assert two["scaler"]["scale"] == one["scaler"]["scale"] / 2
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_autocast_trains(run_train, dtype):
     exact, out = run_train(), run_train(f"--dtype={dtype}", out=dtype)
@@ -320,12 +428,31 @@ def test_weights_alone_evaluate_and_finetune_but_do_not_resume(run_train, tmp_pa
     assert load_checkpoint(run_train(f"--init_from={small}", out="tuned"))["step"] == 12
 
 
-def test_a_non_finite_loss_stops_before_the_update(run_train, tmp_path):
-    with pytest.raises(UserError, match=r"step \d+: loss nan|step \d+: loss inf|gradient norm (nan|inf)") as error:
-        run_train("--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0", "--eval_interval=1")
-    step = int(re.search(r"step (\d+)", str(error.value))[1])
+@pytest.mark.parametrize("args", [["--eval_interval=1"], ["--eval_interval=4"], ["--max_iters=1"]])
+def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(run_train, tmp_path, args):
+    """At an evaluation, in a step, and in the last step, too."""
+    with pytest.raises(UserError, match=r"step \d+: (validation loss|loss|the weights)") as error:
+        run_train("--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0", *args)
     ckpt = load_checkpoint(tmp_path / "run")
-    assert ckpt["step"] == step and step in records(tmp_path / "run", "val_loss")
+    assert all(p.isfinite().all() for p in ckpt["model"].values())
+    assert f"The checkpoint in {tmp_path / 'run'} is of step {ckpt['step']}, and stays" in str(error.value)
+    assert all(map(np.isfinite, records(tmp_path / "run", "val_loss").values()))
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_train, monkeypatch):
+    """Where no validation text says so: a row of E that no token has."""
+    out, before = run_train("--max_iters=4"), None
+    before = (out / "ckpt.pt").read_bytes()
+    step = torch.optim.AdamW.step
+
+    def spoil(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        with torch.no_grad():
+            next(p for p in self.param_groups[1]["params"] if p.dim() == 2)[-1] = math.inf
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(UserError, match="the weights are no longer finite. The checkpoint in .* is of step 4"):
+        run_train("--init_from=resume", "--max_iters=5", "--eval_interval=5")
+    assert (out / "ckpt.pt").read_bytes() == before
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(run_train):
@@ -345,11 +472,44 @@ def test_scratch_over_a_run(run_train):
         run_train()
     assert (out / "ckpt.pt").read_bytes() == before
     other = run_train(out="other")
-    with pytest.raises(UserError, match="has a checkpoint"):
+    with pytest.raises(UserError, match="has ckpt.pt and metrics.jsonl of another run"):
         run_train(f"--init_from={other}")
     assert (out / "ckpt.pt").read_bytes() == before
+    (out / "ckpt.pt").rename(out / "best.pt")
+    with pytest.raises(UserError, match="has best.pt and metrics.jsonl of another run: --overwrite=True replaces it"):
+        run_train()
+    assert (out / "best.pt").read_bytes() == before and len(records(out, "loss")) == 12
     run_train("--overwrite=True", "--seed=6")
     assert (out / "ckpt.pt").read_bytes() != before and len(records(out, "loss")) == 12
+    assert not (out / "best.pt").exists()
+
+
+def test_a_run_folder_is_held_by_one_process(run_train, data_dir, tmp_path):
+    holder = ("import sys, time; from configurator import hold\n"
+              "with hold(sys.argv[1]): print('held', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", holder, tmp_path / "run"], stdout=subprocess.PIPE, cwd=ROOT)
+    process.stdout.readline()
+    with pytest.raises(UserError, match="run is in use by another process"):
+        run_train()
+    process.kill()
+    process.wait()
+    assert {f.name for f in run_train().iterdir()} == {"ckpt.pt", "config.json", "meta.json", "metrics.jsonl"}
+
+
+def test_what_is_given_at_resume_takes_effect(run_train):
+    """beta1, beta2 and weight_decay as a run that had them from the start, the moments being the same; others stay."""
+    out = run_train("--max_iters=4", "--weight_decay=0.3")
+    moments = load_checkpoint(out)["optimizer"]["state"]
+    run_train("--init_from=resume", "--max_iters=5", "--beta1=0.5", "--beta2=0.9", "--weight_decay=0.2")
+    ckpt = load_checkpoint(out)
+    decay, rest = ckpt["optimizer"]["param_groups"]
+    assert decay["betas"] == rest["betas"] == (0.5, 0.9) and decay["weight_decay"] == 0.2 and rest["weight_decay"] == 0
+    assert ckpt["config"]["grad_clip"] == 1 and ckpt["config"]["beta1"] == 0.5
+    for i, state in ckpt["optimizer"]["state"].items():  # the gradient is the same in both moments' new parts
+        g = (state["exp_avg"] - 0.5 * moments[i]["exp_avg"]) / 0.5
+        assert torch.allclose(state["exp_avg_sq"], 0.9 * moments[i]["exp_avg_sq"] + 0.1 * g**2, atol=1e-6, rtol=1e-3)
+    run_train("--init_from=resume", "--max_iters=6")
+    assert load_checkpoint(out)["optimizer"]["param_groups"][0]["weight_decay"] == 0.2
 
 
 @pytest.mark.parametrize("args, message", [
@@ -358,6 +518,7 @@ def test_scratch_over_a_run(run_train):
     (["--block_size=99999", "--tokens_per_step=99999", "--batch_size=1"], "tiny is too short for block_size=99999"),
     (["--n_embd=15"], "n_embd=15 must be divisible by n_head=2"), (["--n_sense=3"], "divisible by n_sense=3"),
     (["--tokens_per_step=60"], "tokens_per_step=60 must be a multiple of block_size=8"),
+    (["--grad_clip=-5"], "grad_clip=-5.0 must be at least 0"),
     (["--batch_size=3"], "batch_size=3 must divide the 8 sequences"), (["--batch_size=0"], "batch_size=0"),
     (["--device=cuda:99"], "this machine has no such device"), (["--device=gpu"], "device='gpu': expected"),
     (["--dtype=int8"], "dtype='int8': expected auto or"), (["--schedule=step"], "expected linear or cosine"),
@@ -415,6 +576,34 @@ def test_checkpoints_that_are_not_good(run_train, tmp_path):
     torch.save(torch.nn.Linear(2, 2), out / "ckpt.pt")  # a pickled object: refused, not executed
     with pytest.raises(CheckpointError, match="no checkpoint of train.py"):
         run_train("--init_from=resume")
+
+
+def test_an_optimizer_state_that_does_not_fit(run_train):
+    """Moments of another shape crashed the process; those that share memory were written over each other."""
+    out = run_train("--max_iters=4")
+    ckpt = load_checkpoint(out)
+    good = ckpt["optimizer"]["state"][0]["exp_avg"]
+    for change in (good[:-1].clone(), None):
+        ckpt["optimizer"]["state"][0]["exp_avg"] = change
+        torch.save(ckpt, out / "ckpt.pt")
+        with pytest.raises(CheckpointError, match="optimizer state does not fit its weights"):
+            run_train("--init_from=resume")
+    del ckpt["optimizer"]["state"][0]
+    torch.save(ckpt, out / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="optimizer state does not fit its weights"):
+        run_train("--init_from=resume")
+
+
+def test_tensors_of_a_checkpoint_that_share_memory(run_train):
+    """An expanded tensor is one number in the file; the update of a parameter wrote beyond it."""
+    out = run_train("--max_iters=4")
+    ckpt = load_checkpoint(out)
+    for tensors in (ckpt["model"], ckpt["optimizer"]["state"][5]):
+        name = next(name for name, tensor in tensors.items() if tensor.dim())
+        tensors[name] = torch.zeros(()).expand(tensors[name].shape)
+    torch.save(ckpt, out / "ckpt.pt")
+    run_train("--init_from=resume", "--max_iters=6")
+    assert len(set(load_checkpoint(out)["model"]["wte.weight"].flatten().tolist())) > 10
 
 
 def test_text_to_validate_may_be_shorter_than_a_window(run_train, data_dir, tmp_path):
