@@ -1,55 +1,59 @@
-"""The Backpack language model (Hewitt, Thickstun, Manning, Liang, ACL 2023, arXiv 2305.16765), whole.
+"""The Backpack language model (Hewitt, Thickstun, Manning, Liang, ACL 2023, arXiv 2305.16765).
 
-Every token x owns K sense vectors C(x)_1..K that depend on nothing but x. A Transformer computes only the weights alpha
-of their sum, and the logits are linear in that sum (section 3 of the paper):
+Every token x has K sense vectors C(x)_1..K that depend on nothing but x. A Transformer computes only
+the weights alpha of their sum, and the logits are linear in that sum (section 3 of the paper):
 
-    o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l        logits_i = E o_i        (E: the token embedding, tied)
+    o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l      logits_i = E o_i      (E: the token embedding, tied)
 
-Letters in shape comments: B batch, T positions, S key positions (T and what is cached before), D = n_embd, H = n_head,
-K = n_sense, d = width of query and key per sense, V = vocab_size.
+This is attention with K heads whose values are the senses, summed over heads, without an output
+projection. This file is the whole network and needs nothing but torch: copy it anywhere.
+
+Letters in shape comments: B batch, T positions, S key positions (T and those cached before), V tokens
+of the vocabulary, R rows of E (V padded), D = n_embd, H = n_head, K = n_sense, d = n_qk (width of a
+sense's query and key), U distinct tokens, N distinct tokens of a sequence.
 """
+
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-try:
-    from checkpoints import CheckpointError, load_checkpoint
-    from weighted_sum import weighted_sum
-except ImportError:  # in a folder of convert.py --to=hf, which transformers makes a package of
-    from .checkpoints import CheckpointError, load_checkpoint
-    from .weighted_sum import weighted_sum
-
 
 @dataclass
 class BackpackConfig:
-    """Sizes and choices of the network; the defaults are the paper's "small". ValueError for sizes that don't fit."""
-    block_size: int = 512            # longest context, in tokens
-    vocab_size: int = 50257          # tokens; E is padded to a multiple of 8 rows, and those beyond have no logit
-    n_layer: int = 12                # Transformer blocks
-    n_head: int = 12                 # attention heads
-    n_embd: int = 768                # width
-    n_sense: int = 16                # sense vectors per token; 0: no senses, the plain Transformer LM, as a baseline
-    n_qk: int | None = None          # width of query and key per sense; None: n_embd / n_sense (paper)
-    sense_mlp_ratio: int = 4         # inner width of the sense MLPs in n_embd; the paper's sense-count ablation has 1
-    sense_out_ratio: int | None = None  # of the second of them; None: the same
-    sense_mean: bool = False         # the sum of senses is divided by n_sense, as in Levanter's weights
-    dropout: float = 0.0             # on embeddings, attention and residuals, senses too (paper: 0.1)
-    bias: bool = True                # biases in Linear and LayerNorm
-    init_std: float = 0.02           # of the normal distribution that weights start from
-    inverse_layer_scale: bool = True # attention scores of block i are divided by i + 1, too (paper)
-    grad_checkpoint: bool = False    # compute activations again in backward, not keep them: less memory, more time
+    """Sizes and choices of the network. The defaults are the paper's "small". ValueError: they don't fit."""
+
+    block_size: int = 512  # longest context, in tokens
+    vocab_size: int = 50257  # tokens; E is padded to a multiple of 8 rows, which get no logits
+    n_layer: int = 12  # Transformer blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # width
+    n_sense: int = 16  # sense vectors per token; 0: no senses, the plain Transformer LM (baseline)
+    n_qk: int | None = None  # width of each sense's query and key; None: n_embd / n_sense (paper)
+    sense_mlp_ratio: int = 4  # inner width of the sense MLPs / n_embd (paper's sense ablation: 1)
+    sense_out_ratio: int | None = None  # the same for the second of them alone; None: as the first
+    dropout: float = 0.0  # on embeddings, attention, residuals and senses (paper: 0.1)
+    bias: bool = True  # biases in Linear and LayerNorm
+    init_std: float = 0.02  # standard deviation of initial weights
+    inverse_layer_scale: bool = True  # divide the attention scores of block i by i + 1 (paper)
+    grad_checkpoint: bool = False  # recompute activations in backward instead of storing them
 
     def __post_init__(self):
-        problems = [f"{key}={value} must be at least {int(key != 'n_sense')}" for key, value in vars(self).items()
-                    if type(value) is int and value < (key != "n_sense")]
+        problems = []
+        for key, value in vars(self).items():
+            least = 0 if key == "n_sense" else 1
+            if type(value) is int and value < least:
+                problems.append(f"{key}={value} must be at least {least}")
         if self.n_head > 0 and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if self.n_sense > 0 and self.n_qk is None and self.n_embd % self.n_sense:
-            problems.append(f"n_embd={self.n_embd} must be divisible by n_sense={self.n_sense}, or give n_qk")
+            problems.append(
+                f"n_embd={self.n_embd} must be divisible by n_sense={self.n_sense}, or give n_qk"
+            )
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout} must be in [0, 1)")
         if problems:
@@ -57,37 +61,48 @@ class BackpackConfig:
 
 
 class Cache:
-    """What decoded positions leave behind: named tensors (B, heads or senses, S, width) that grow along S."""
+    """What generation keeps of the positions before: named tensors (B, heads, S, width) that grow along S."""
 
     def __init__(self, block_size):
         self.block_size, self.past, self.tensors = block_size, 0, {}
 
     def extend(self, name, new):
-        """Append new (B,N,T,width) behind the self.past positions held; returns all of them (B,N,S,width)."""
-        B, N, T, width = new.shape
+        """Append new (B,H,T,width) behind the self.past positions held; returns all, (B,H,S,width)."""
+        B, H, T, width = new.shape
         if name not in self.tensors:
-            self.tensors[name] = new.new_empty(B, N, self.block_size, width)
+            self.tensors[name] = new.new_empty(B, H, self.block_size, width)
         self.tensors[name][:, :, self.past : self.past + T] = new
         return self.tensors[name][:, :, : self.past + T]
 
 
 class SelfAttention(nn.Module):
-    """GPT-2's causal multi-head attention; the score scale of block i is 1/sqrt(D/H)/(i+1)."""
+    """GPT-2's causal multi-head attention; scores are scaled by 1/sqrt(D/H)/(i+1) in block i."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
-        self.scale = (config.n_embd // config.n_head) ** -0.5 / (layer + 1 if config.inverse_layer_scale else 1)
+        self.scale = (config.n_embd // config.n_head) ** -0.5
+        if config.inverse_layer_scale:
+            self.scale /= layer + 1
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, mask=None, cache=None):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D/H)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head)  # (B,T,3,H,D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D/H)
         if cache is not None:
-            k, v = cache.extend(("key", self.layer), k), cache.extend(("value", self.layer), v)    # (B,H,S,D/H)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-                                           is_causal=mask is None and T > 1, scale=self.scale)     # (B,H,T,D/H)
+            k = cache.extend(("key", self.layer), k)  # (B,H,S,D/H)
+            v = cache.extend(("value", self.layer), v)  # (B,H,S,D/H)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+            scale=self.scale,
+        )  # (B,H,T,D/H)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -102,7 +117,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-LN Transformer block."""
+    """A pre-LN Transformer block."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -119,91 +134,120 @@ class Block(nn.Module):
 
 
 class SenseNetwork(nn.Module):
-    """C: a token's embedding (..., D) -> its K senses (..., K, D), whatever its position and context (section 3.2)."""
+    """C: token embeddings (...,D) -> their senses (...,K,D), whatever position and context (section 3.2)."""
 
     def __init__(self, config):
         super().__init__()
         D, self.n_sense = config.n_embd, config.n_sense
+        out_ratio = config.sense_out_ratio or config.sense_mlp_ratio
         self.ln_0 = nn.LayerNorm(D, bias=config.bias)
         self.ln_1 = nn.LayerNorm(D, bias=config.bias)
         self.mlp = MLP(D, config.sense_mlp_ratio * D, D, config.bias)
         self.ln_2 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp_out = MLP(D, (config.sense_out_ratio or config.sense_mlp_ratio) * D, config.n_sense * D, config.bias)
-        self.drop, self.mean = nn.Dropout(config.dropout), config.sense_mean
+        self.mlp_out = MLP(D, out_ratio * D, config.n_sense * D, config.bias)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, e):
         e = self.drop(e)
-        r = self.drop(self.ln_0(e)) + e   # a second residual that the authors call accidental; their weights have it
+        # the authors call this second residual accidental, but their published weights have it
+        r = self.drop(self.ln_0(e)) + e
         r = r + self.drop(self.mlp(self.ln_1(r)))
-        C = self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))                           # (...,K,D)
-        return C / self.n_sense if self.mean else C
+        return self.mlp_out(self.ln_2(r)).unflatten(-1, (self.n_sense, -1))  # (...,K,D)
 
 
-class Edits(nn.Module):
-    """Changes of senses that leave the weights of the model alone (section 6 of the paper); edits.py makes them.
+# ---- the sum of senses
 
-    Sense vectors: C'(x)_l = scale C(x)_l + offset, with row (V,): which of scale (n,K) and offset (n,K,D) is a token's;
-    row 0 is for tokens that stay as they are. Topics: w (m,V,K), f (m,); each multiplies alpha[l,i,j] by b w[x_j,l] +
-    1-b. The annealing b falls as the text up to i says what sense l of x_j would say (app. D, as in the authors' code):
 
-        a = sum over t <= i of relu(E_{x_t} . C'(x_j)_l)        b = sigmoid(6 - f a) (1 + j/100)
+def contextualize(q, k, mask=None):
+    """Contextualization weights alpha = softmax(q k^T / sqrt(d)) of every sense (section 3.3).
+
+    q (B,K,T,d) are the last T of the positions of k (B,K,S,d); mask (B,1,T,S) is True where a query may
+    look, None for plain causal weights. Returns alpha (B,K,T,S), whose rows sum to 1.
     """
+    T, S = q.size(2), k.size(2)
+    scores = (q / math.sqrt(q.size(3))) @ k.mT  # (B,K,T,S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif T > 1:  # only the last T keys can lie in a query's future
+        scores[..., S - T :] += scores.new_full((T, T), -math.inf).triu(1)
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
-    def __init__(self, **tensors):
-        super().__init__()
-        for name, tensor in tensors.items():  # row, scale, offset, w, f
-            self.register_buffer(name, tensor)
 
-    def senses(self, ids, C):
-        """ids (...) and their C (...,K,D) -> C' (...,K,D)."""
-        row = self.row[ids]                                                                        # (...)
-        return (self.scale[row][..., None] * C + self.offset[row]).to(C.dtype)
+def weigh(alpha, C):
+    """o_i = sum_j sum_l alpha[l,i,j] C_jl as one product: alpha (B,K,T,S), C (B,S,K,D) -> o (B,T,D)."""
+    return alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2) @ C.flatten(1, 2)
 
-    def topic_weights(self, wte, idx, C, mask=None, cache=None):
-        """What topics multiply alpha by, (B,K,T,S): of queries idx (B,T) and keys with senses C (B,K,S,D)."""
-        T, S, total = idx.size(1), C.size(2), 1.0
-        ids = idx if cache is None else cache.extend("ids", idx[:, None, :, None])[:, 0, :, 0]     # (B,S)
-        there = torch.ones_like(ids) if mask is None else mask[:, 0, -1]                           # (B,S), 0 at padding
-        e = (wte(ids) * there[..., None])[:, None].to(C.dtype)                                     # (B,1,S,D)
-        said = (e[:, :, S - T :] @ C.mT).relu().cumsum(2)                                          # (B,K,T,S)
-        if cache is not None:
-            new = (e[:, :, : S - T] @ C[:, :, S - T :].mT).relu().sum(2)                           # (B,K,T)
-            before = cache.extend("said", new[..., None])[..., 0]                                  # (B,K,S)
-            said = said + before[:, :, None]
-            before.copy_(said[:, :, -1])
-        late = 1 + (there.cumsum(1) - 1).to(C.dtype) / 100                                         # (B,S)
-        for w, f in zip(self.w, self.f):
-            b = torch.sigmoid(6 - f * said) * late[:, None, None]                                  # (B,K,T,S)
-            total = total * (b * w[ids].mT[:, :, None] + 1 - b)
-        return total
+
+def sum_senses(q, k, C, where, block=128):
+    """weigh(contextualize(q, k), C[where]) without (B,K,T,T) weights in memory.
+
+    q and k (B,K,T,d); C (U,K,D) senses of distinct tokens; where (B,T): which of them stands where.
+    Returns o (B,T,D). Blocks of queries see no key behind them, and backward computes their weights
+    again. On an eager CPU the weights of equal tokens are added first: text repeats itself, so the
+    products get shorter. Elsewhere counting them would wait for the device, or break a graph.
+    """
+    B, K, T, _ = q.shape
+    slot = None
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        # number the distinct tokens of each sequence in the order in which they first appear
+        first = (where[:, :, None] == where[:, None, :]).byte().argmax(-1)  # (B,T)
+        new = (first == torch.arange(T)).cumsum(-1)  # (B,T)
+        slot = new.gather(1, first) - 1  # (B,T)
+        where = where.new_zeros(B, int(new[:, -1].max())).scatter_(1, slot, where)  # (B,N)
+    C = F.embedding(where, C.flatten(1)).to(q.dtype).unflatten(-1, (K, -1))  # (B,N,K,D), N = T without slots
+
+    def some(q, k, C):
+        alpha = contextualize(q, k)  # (B,K,t,S)
+        if slot is not None:
+            index = slot[:, None, None, : k.size(2)].expand(alpha.shape)  # (B,K,t,S)
+            alpha = alpha.new_zeros(*alpha.shape[:3], C.size(1)).scatter_add(3, index, alpha)  # (B,K,t,N)
+        return weigh(alpha, C)
+
+    if T <= block:
+        return some(q, k, C)
+    parts = []
+    for i in range(0, T, block):
+        j = min(i + block, T)
+        n = j if slot is None else int(new[:, j - 1].max())  # tokens that are in view of this block
+        part = (q[:, :, i:j], k[:, :, :j], C[:, :n])
+        parts.append(checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, 1)
+
+
+# ---- the loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of logits o E^T by chunks of rows; whole logits, N x V numbers, never are in memory.
+    """Mean cross-entropy of the logits o E^T, computed by chunks: the N x V logits are never in memory whole.
 
-    A chunk's gradient is softmax - one-hot, so forward takes it along while the chunk's logits are at hand: three
-    products in all, where recomputing them in backward would need four. Sums are float32, whatever the type of o; the
-    gradient meets the loss scale (and 1/N) only in backward, so it neither underflows nor hides from a GradScaler.
+    The gradient of a chunk's logits is softmax - one-hot, so forward computes its part of the gradient
+    while the logits are there: three products in all, where recomputing them would take four. Sums are
+    float32 whatever the type of o, and the gradient meets 1/N and the loss scale only in backward, so
+    in float16 it neither underflows nor hides from a GradScaler.
     """
 
     @staticmethod
     def forward(ctx, o, E, y, vocab_size, with_grad):
-        """o (N,D), E (rows,D) float32, y (N,) with -100 where none counts -> the loss, a float32 tensor ()."""
+        """o (N,D), E (R,D), y (N,) with -100 where no target counts -> the loss, a float32 scalar."""
         wide = torch.promote_types(o.dtype, torch.float32)
-        W, total, count = E.to(o.dtype), o.new_zeros((), dtype=wide), (y >= 0).sum()               # (rows,D), (), ()
-        n = max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E))  # rows of a chunk
+        W = E.to(o.dtype)  # (R,D)
+        total, count = o.new_zeros((), dtype=wide), (y >= 0).sum()
         do, dE = torch.empty_like(o), torch.zeros_like(E, dtype=wide)
+        n = max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E))  # rows of a chunk
+        # one buffer for all chunks: fresh memory of this size costs a CPU as much as the arithmetic
         buffer = o.new_empty(min(n, len(o)), len(E))
-        for x, dx, target in zip(o.split(n), do.split(n), y[:, None].split(n)):               # (n,D), (n,D), (n,1)
+        for x, dx, target in zip(o.split(n), do.split(n), y[:, None].split(n)):  # (n,D), (n,D), (n,1)
             counts, target = target >= 0, target.clamp(min=0)
-            logits = torch.mm(x, W.T, out=buffer[: len(x)]).to(wide)                               # (n,rows)
-            logits[:, vocab_size:] = -math.inf  # padded rows: in the product, as kernels like sizes of 8, but unlikely
-            said, top = logits.gather(1, target), logits.amax(1, keepdim=True)                          # (n,1)
-            p = logits.sub_(top).exp_()  # in place: new memory of this size costs a CPU as much as the arithmetic
-            norm = p.sum(1, keepdim=True)                                                          # (n,1)
-            total += ((norm.log() + top - said) * counts).sum()
+            logits = torch.mm(x, W.T, out=buffer[: len(x)]).to(wide)  # (n,R)
+            # padded rows take part in the product, as GPU kernels want sizes of 8, but are impossible
+            logits[:, vocab_size:] = -math.inf
+            of_target, top = logits.gather(1, target), logits.amax(1, keepdim=True)  # (n,1)
+            p = logits.sub_(top).exp_()  # (n,R), softmax but for its norm
+            norm = p.sum(1, keepdim=True)  # (n,1)
+            total += ((norm.log() + top - of_target) * counts).sum()
             if with_grad:
-                p = p.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1.0)).to(o.dtype)  # (n,rows)
+                minus_one = torch.full_like(norm, -1.0)
+                p = p.div_(norm).scatter_add_(1, target, minus_one).to(o.dtype)  # (n,R)
                 torch.mul(p @ W, counts, out=dx)
                 x = x * counts
                 dE = dE.addmm_(p.T, x) if p.dtype == wide else dE.add_(p.T @ x)
@@ -216,12 +260,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         return do * (grad / count), dE * (grad / count), None, None, None
 
 
+# ---- the model
+
+
 class Backpack(nn.Module):
+    """The Backpack; with n_sense=0 the Transformer LM inside it, alone.
+
+    model.edits is None or changes senses wherever they are used and leaves the weights alone: an object
+    with .senses(ids, C) -> C' and, where .has_topics, .topic_factor(...) of alpha; lab/control.py has one.
+    """
+
     def __init__(self, config):
         super().__init__()
-        self.config, self.edits = config, None  # edits: an Edits, or None
+        self.config, self.edits = config, None
         D = config.n_embd
-        self.wte = nn.Embedding(-(-config.vocab_size // 8) * 8, D)  # E: Transformer input, sense input and LM head
+        # E is the input of the Transformer, the input of the sense network and the LM head
+        self.wte = nn.Embedding(-(-config.vocab_size // 8) * 8, D)
         self.wpe = nn.Embedding(config.block_size, D)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -233,133 +287,158 @@ class Backpack(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """N(0, init_std); over sqrt(2 n_layer) for the matrices that end a residual branch or a sense MLP (proj)."""
+        """biases: 0; norms: 1; matrices and embeddings: N(0, init_std), but those that end a residual
+        branch or a sense MLP (named proj): N(0, init_std / sqrt(2 n_layer))."""
         std = self.config.init_std
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif ".ln_" in f".{name}":
+            elif "ln_" in name:
                 nn.init.ones_(p)
+            elif "proj" in name:
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
             else:
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if "proj" in name else std)
+                nn.init.normal_(p, std=std)
 
-    def senses(self, ids):
-        """ids, any shape (...) -> C(ids) (..., K, D): the sense vectors of tokens, as self.edits leaves them."""
-        C = self._run(self.sense_network, self.wte(ids))
-        return C if self.edits is None else self.edits.senses(ids, C)
+    def forward(
+        self, idx, targets=None, attention_mask=None, distinct=None, transformer_share=None
+    ):
+        """Logits of the next token, or their loss.
 
-    def contextualization(self, idx, attention_mask=None):
-        """idx (B,T) -> alpha (B,K,T,T), lower-triangular, rows sum to 1 but for topics (section 3.3)."""
-        h, mask = self._hidden(idx, attention_mask)
-        alpha = self._alpha(*self._qk(h), mask)
-        if self.edits is not None and len(self.edits.f):
-            alpha = alpha * self.edits.topic_weights(self.wte, idx, self.senses(idx).transpose(1, 2), mask)
-        return alpha
+        idx (B,T): token ids. targets (B,T): the token that follows each, -100 where none counts.
+        attention_mask (B,T): 0 at (left) padding. distinct: (ids (U,), where (B,T)), the distinct tokens
+        of idx and which of them stands where, if the caller knows them already; on a GPU that saves a
+        device sync. transformer_share: m, a scalar tensor; the loss is then (1-m) of the Backpack's and m
+        of the Transformer's own, with the logits E h: it teaches the Transformer directly, which the
+        senses' loss reaches through alpha only.
+        Returns (logits (B,T,V), None) without targets, else (None, mean cross-entropy in nats).
+        ValueError: more than block_size tokens.
+        """
+        o, h = self.output(idx, attention_mask, distinct=distinct)  # (B,T,D), (B,T,D)
+        if targets is None:
+            return self.logits(o), None
+        loss = self.loss(o, targets)
+        if transformer_share is not None:
+            loss = (1 - transformer_share) * loss + transformer_share * self.loss(h, targets)
+        return None, loss
 
-    def _hidden(self, idx, attention_mask=None, cache=None):
-        """The Transformer: idx (B,T) -> h (B,T,D), and mask: (B,1,T,S), True where a query may look at a key, or None
-        where plain causal attention serves."""
-        T, past, mask = idx.size(1), cache.past if cache is not None else 0, None
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}")
-        pos = torch.arange(past, past + T, device=idx.device)                                      # (T,)
-        if attention_mask is not None:
-            pos = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]                       # (B,T)
-            causal = idx.new_ones(T, past + T, dtype=torch.bool).tril(past)                        # (T,S)
-            mask = causal & attention_mask.bool()[:, None, None, :]                                # (B,1,T,S)
-            mask |= causal.triu(past)  # a padding position looks at itself, so that no row is empty
-        h = self.drop(self.wte(idx) + self.wpe(pos))                                               # (B,T,D)
-        for block in self.blocks:
-            h = self._run(block, h, mask, cache)
-        return self.ln_f(h), mask
+    def output(self, idx, attention_mask=None, cache=None, distinct=None, sense_table=None):
+        """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's output: both (B,T,D).
 
-    def _qk(self, h):
-        """h (B,T,D) -> query, divided by sqrt(d), and key of each sense, both (B,K,T,d)."""
-        q, k = self.sense_qk(h).unflatten(-1, (2, self.config.n_sense, self.n_qk)).permute(2, 0, 3, 1, 4).contiguous()
-        return q / math.sqrt(self.n_qk), k
-
-    def _alpha(self, q, k, mask=None):
-        """query (B,K,T,d) and key (B,K,S,d) -> alpha (B,K,T,S), their softmax over the positions that each may see."""
-        if mask is None:
-            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
-        return (q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1)
-
-    def _sum(self, h, idx, mask=None, cache=None, senses=None):
-        """o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l: h (B,T,D), idx (B,T) -> o (B,T,D)."""
-        q, k = self._qk(h)
-        if senses is None:
-            ids, where = idx.unique(return_inverse=True)                                           # (U,), (B,T)
-            senses = self.senses(ids), where
-        C, where = senses[0].flatten(1), senses[1]                                                 # (U,K*D), (B,T)
-        topics = self.edits is not None and len(self.edits.f) > 0
-        if mask is None and cache is None and not topics:
-            return weighted_sum(q, k, C, where)
-        C = F.embedding(where, C)                                                                  # (B,T,K*D)
-        if cache is not None:
-            k, C = cache.extend("sense key", k), cache.extend("sense", C[:, None])[:, 0]     # (B,K,S,d), (B,S,K*D)
-        C, alpha = C.unflatten(-1, (q.size(1), -1)), self._alpha(q, k, mask)                 # (B,S,K,D), (B,K,T,S)
-        if topics:
-            alpha = alpha * self.edits.topic_weights(self.wte, idx, C.transpose(1, 2), mask, cache)
-        return alpha.permute(0, 2, 3, 1).flatten(2) @ C.flatten(1, 2)                              # (B,T,D)
-
-    def _output(self, idx, attention_mask=None, cache=None, senses=None):
-        """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's own output, both (B,T,D); the same
-        without senses. cache, where given, holds the positions before."""
-        h, mask = self._hidden(idx, attention_mask, cache)
-        o = self._run(self._sum, h, idx, mask, cache, senses) if self.config.n_sense else h
+        They are the same without senses. cache: of the positions before, which idx continues.
+        """
+        h, mask = self.hidden(idx, attention_mask, cache)  # (B,T,D), (B,1,T,S) or None
+        o = h
+        if self.config.n_sense:
+            o = self.remat(self.sum, h, idx, mask, cache, distinct, sense_table)  # (B,T,D)
         if cache is not None:
             cache.past += idx.size(1)
         return o, h
 
-    def _run(self, function, *args):
+    def hidden(self, idx, attention_mask=None, cache=None):
+        """The Transformer: idx (B,T) -> h (B,T,D) and the mask of its attention, (B,1,T,S), or None."""
+        T, past, mask = idx.size(1), cache.past if cache is not None else 0, None
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}")
+        pos = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if attention_mask is not None:
+            pos = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]  # (B,T)
+            causal = idx.new_ones(T, past + T, dtype=torch.bool).tril(past)  # (T,S)
+            mask = causal & attention_mask.bool()[:, None, None, :]  # (B,1,T,S)
+            mask |= causal.triu(past)  # padding looks at itself, so that no row is empty
+        h = self.drop(self.wte(idx) + self.wpe(pos))  # (B,T,D)
+        for block in self.blocks:
+            h = self.remat(block, h, mask, cache)
+        return self.ln_f(h), mask
+
+    def own_senses(self, ids):
+        """ids (...) -> C(ids) (...,K,D), without edits."""
+        return self.remat(self.sense_network, self.wte(ids))
+
+    def senses(self, ids):
+        """ids of any shape (...) -> their sense vectors C(ids) (...,K,D), as self.edits leaves them."""
+        C = self.own_senses(ids)
+        return C if self.edits is None else self.edits.senses(ids, C)
+
+    def query_key(self, h):
+        """h (B,T,D) -> query and key of every sense, both (B,K,T,d)."""
+        qk = self.sense_qk(h).unflatten(-1, (2, self.config.n_sense, self.n_qk))  # (B,T,2,K,d)
+        return qk.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+
+    def sum(self, h, idx, mask=None, cache=None, distinct=None, sense_table=None):
+        """o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l: h (B,T,D), idx (B,T) -> o (B,T,D)."""
+        q, k = self.query_key(h)  # (B,K,T,d)
+        if sense_table is not None:
+            C, where = sense_table, idx  # (V,K,D), (B,T)
+        else:  # senses depend on the token alone: once for each distinct one
+            ids, where = idx.unique(return_inverse=True) if distinct is None else distinct
+            C = self.senses(ids)  # (U,K,D)
+        topics = self.edits is not None and self.edits.has_topics
+        if mask is None and cache is None and not topics:
+            return sum_senses(q, k, C, where)
+        C = C[where]  # (B,T,K,D)
+        if cache is not None:
+            k = cache.extend("sense key", k)  # (B,K,S,d)
+            C = cache.extend("sense", C.transpose(1, 2)).transpose(1, 2)  # (B,S,K,D)
+        alpha = contextualize(q, k, mask)  # (B,K,T,S)
+        if topics:
+            alpha = alpha * self.edits.topic_factor(self.wte, idx, C, mask, cache)
+        return weigh(alpha, C)
+
+    def contextualization(self, idx, attention_mask=None):
+        """idx (B,T) -> alpha (B,K,T,T): lower-triangular; rows sum to 1 unless topics are edited in."""
+        h, mask = self.hidden(idx, attention_mask)
+        alpha = contextualize(*self.query_key(h), mask)
+        if self.edits is not None and self.edits.has_topics:
+            alpha = alpha * self.edits.topic_factor(self.wte, idx, self.senses(idx), mask)
+        return alpha
+
+    def remat(self, function, *args):
+        """Call function; with grad_checkpoint its activations are computed again in backward."""
         if self.config.grad_checkpoint and self.training:
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
-    def _logits(self, o):
-        """o (...,D) -> logits (...,V) = o E^T, without the padded rows."""
-        return F.linear(o, self.wte.weight[: self.config.vocab_size])
+    def logits(self, o):
+        """o (...,D) -> logits (...,V) = o E^T."""
+        return F.linear(o, self.wte.weight)[..., : self.config.vocab_size]
 
-    def _loss(self, o, targets):
-        """Mean cross-entropy (nats, float32) of the logits o E^T: o (B,T,D), targets (B,T), -100 where none counts."""
+    def loss(self, o, targets):
+        """Mean cross-entropy (nats, float32) of the logits of o (B,T,D); targets (B,T), -100: not counted."""
         if torch.is_autocast_enabled(o.device.type):
             o = o.to(torch.get_autocast_dtype(o.device.type))
-        o, y = o.flatten(0, 1), targets.flatten()                                                  # (N,D), (N,)
-        return LinearCrossEntropy.apply(o, self.wte.weight, y, self.config.vocab_size, torch.is_grad_enabled())
-
-    def forward(self, idx, targets=None, attention_mask=None, senses=None, transformer_share=None):
-        """Next-token logits, or their loss.
-
-        idx (B,T) token ids; targets (B,T) the token that follows each, -100 where none counts; attention_mask (B,T)
-        0 at (left) padding. Returns (logits (B,T,V), None) without targets, else (None, mean cross-entropy in nats).
-        senses: (C (U,K,D), where (B,T)), sense vectors at hand and which of them stands where. None: they are computed
-        here, once for each distinct token, so dropout has one mask for it. transformer_share: m, a tensor (): the loss
-        is (1 - m) of o's and m of the one that the Transformer would have alone, with logits E h_i: it teaches the
-        Transformer directly, where o's gradient reaches it through alpha only. ValueError for more than block_size
-        tokens.
-        """
-        o, h = self._output(idx, attention_mask, senses=senses)                                    # (B,T,D)
-        if targets is None:
-            return self._logits(o), None
-        loss = self._loss(o, targets)
-        if transformer_share is not None:
-            loss = (1 - transformer_share) * loss + transformer_share * self._loss(h, targets)
-        return None, loss
+        o, y = o.flatten(0, 1), targets.flatten()  # (N,D), (N,)
+        return LinearCrossEntropy.apply(
+            o, self.wte.weight, y, self.config.vocab_size, torch.is_grad_enabled()
+        )
 
     @torch.no_grad()
     def sense_table(self, max_bytes=4e9):
-        """The senses of all tokens (V,K,D), which generate may look up, or None where they would take more bytes."""
-        ids, table = torch.arange(self.config.vocab_size, device=self.wte.weight.device), None     # (V,)
-        if self.config.n_sense and (one := self.senses(ids[:1])).nbytes * len(ids) <= max_bytes:
-            table = one.new_empty(len(ids), *one.shape[1:])                                        # (V,K,D)
-            for part in ids.split(1024):
-                table[part] = self.senses(part)
+        """The senses of all tokens (V,K,D), to look up in generation; None: more than max_bytes, or none."""
+        ids = torch.arange(self.config.vocab_size, device=self.wte.weight.device)  # (V,)
+        if not self.config.n_sense:
+            return None
+        one = self.senses(ids[:1])  # (1,K,D)
+        if one.nbytes * len(ids) > max_bytes:
+            return None
+        table = one.new_empty(len(ids), *one.shape[1:])  # (V,K,D)
+        for part in ids.split(1024):
+            table[part] = self.senses(part)
         return table
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, attention_mask=None, generator=None,
-               sense_table=None):
-        """Yield max_new_tokens times the next token of each sequence (B,1), given idx (B,T); see generate."""
+    def stream(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        attention_mask=None,
+        generator=None,
+        sense_table=None,
+    ):
+        """Yield the next token of every sequence (B,1), max_new_tokens times; arguments as in generate."""
         training, block_size = self.training, self.config.block_size
         self.eval()
         if attention_mask is not None:
@@ -369,11 +448,12 @@ class Backpack(nn.Module):
             for _ in range(max_new_tokens):
                 if idx.size(1) - start > block_size:  # full: go on from the last half of the window
                     start, cache = idx.size(1) - max(1, block_size // 2), Cache(block_size)
-                new = idx[:, start + cache.past :]                                                 # (B,T) or (B,1)
-                mask = attention_mask[:, start : idx.size(1)] if attention_mask is not None else None
-                senses = (sense_table, new) if sense_table is not None else None
-                logits = self._logits(self._output(new, mask, cache, senses)[0][:, -1])            # (B,V)
-                yield (token := sample_token(logits, temperature, top_k, top_p, generator))        # (B,1)
+                new = idx[:, start + cache.past :]  # (B,T), after the first step (B,1)
+                mask = None if attention_mask is None else attention_mask[:, start : idx.size(1)]
+                o, _ = self.output(new, mask, cache, sense_table=sense_table)
+                logits = self.logits(o[:, -1])  # (B,V)
+                token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,1)
+                yield token
                 idx = torch.cat((idx, token), 1)
         finally:
             self.train(training)
@@ -381,39 +461,43 @@ class Backpack(nn.Module):
     def generate(self, idx, max_new_tokens, **sampling):
         """Continue idx (B,T), T >= 1, by max_new_tokens tokens -> (B, T + max_new_tokens).
 
-        temperature: 0 takes the likeliest token; top_k: only the k likeliest; top_p: only the likeliest that together
-        have this probability; attention_mask (B,T): 0 at left padding; generator: a torch.Generator to draw from;
-        sense_table: what sense_table() returned, so that senses are looked up and not computed.
-        Each step computes one position: past keys, values and senses are cached. When block_size positions are cached,
-        the last block_size/2 are computed anew at positions from 0, and it goes on.
+        temperature: 0 takes the likeliest token; top_k: only the k likeliest; top_p: only the likeliest
+        that together have this probability; attention_mask (B,T): 0 at left padding; generator: a
+        torch.Generator to draw from; sense_table: what sense_table() returned, so that senses are looked
+        up instead of computed. Past keys, values and senses are cached, so a step computes one position;
+        when block_size positions are cached, the last block_size/2 are computed anew from position 0.
         """
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], 1)
 
     def num_params(self):
-        """Number of parameters, E once."""
+        """Number of parameters, E counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def param_groups(self, weight_decay):
-        """Groups for AdamW: matrices decay; biases, norms and embeddings don't (paper)."""
+        """Parameter groups for AdamW: matrices decay; biases, norms and embeddings don't (paper)."""
         embeddings = {self.wte.weight, self.wpe.weight}
         decay = [p for p in self.parameters() if p.dim() >= 2 and p not in embeddings]
         rest = [p for p in self.parameters() if p.dim() < 2 or p in embeddings]
-        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
 
     @classmethod
     def from_checkpoint(cls, source, device="cpu", **changes):
-        """The model of a run folder, a ckpt.pt or a checkpoint already read, in eval mode.
+        """The model of a run folder, a ckpt.pt or a checkpoint already read: float32, in eval mode.
 
-        changes: fields of BackpackConfig to have otherwise, such as dropout. Raises CheckpointError.
+        changes: fields of BackpackConfig to set otherwise, such as dropout. CheckpointError: the file is
+        missing or damaged, or its config and weights don't fit each other.
         """
         ckpt = source if isinstance(source, dict) else load_checkpoint(source, device)
         try:
-            values = {f.name: ckpt["config"][f.name] for f in fields(BackpackConfig) if f.name in ckpt["config"]}
-            with torch.device("meta"):
-                model = cls(BackpackConfig(**values | changes))
-            model.to_empty(device=device).load_state_dict(ckpt["model"])  # copies: a tensor of the file may be a view
+            with torch.device("meta"):  # no memory, no initialisation: the weights come from the file
+                model = cls(BackpackConfig(**ckpt["config"] | changes))
+            model.to_empty(device=device).load_state_dict(ckpt["model"])
         except (ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"the checkpoint's weights don't fit its config: {str(error)[:200]!r}") from None
+            text = str(error)[:200]
+            raise CheckpointError(f"the checkpoint's weights don't fit its config: {text!r}") from None
         return model.eval()
 
 
@@ -423,10 +507,56 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]                            # (B,1)
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B,1)
+        logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None:
-        p, order = logits.softmax(-1).sort(descending=True)                                        # (B,V)
-        beyond = p.cumsum(-1) - p >= top_p                                                         # (B,V), sorted
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float("-inf"))
+        p, order = logits.softmax(-1).sort(descending=True)  # (B,V)
+        beyond = p.cumsum(-1) - p >= top_p  # (B,V), in sorted order
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+# ---- checkpoints
+
+
+class CheckpointError(OSError):
+    """A checkpoint that is missing, damaged, of another shape or not ours; one line for the user."""
+
+
+def load_checkpoint(path, device="cpu", mmap=False):
+    """The dict that train.py saved: config (of the model), settings (of training), model, optimizer, ...
+
+    path: a run folder or a file. mmap: tensors are read where they are used, and processes share their
+    pages; nothing may write the file in place meanwhile. Nothing pickled is executed. CheckpointError:
+    there is none, or it is damaged.
+    """
+    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: give the folder of a trained run")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except Exception as error:  # zip, pickle and storage errors have no common class
+        text = str(error)[:200]
+        raise CheckpointError(f"{path} is truncated or not from train.py: {text!r}") from None
+    if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
+        raise CheckpointError(f"{path} is not from train.py: it lacks model, config, step or meta")
+    return upgrade(ckpt)
+
+
+def upgrade(ckpt):
+    """Bring a checkpoint from before 2026-11-24 to today's form: it had one dict of all settings, and
+    sense_mean, which divided the sum by n_sense: now the matrix that makes the senses is divided."""
+    if "settings" in ckpt:
+        return ckpt
+    known = {f.name for f in fields(BackpackConfig)}
+    old = ckpt["config"]
+    model = dict(ckpt["model"])
+    if old.get("sense_mean"):
+        for name in {"weight", "bias"}:
+            if (key := f"sense_network.mlp_out.proj.{name}") in model:
+                model[key] = model[key] / old["n_sense"]
+    return ckpt | {
+        "model": model,
+        "config": {key: value for key, value in old.items() if key in known},
+        "settings": {key: value for key, value in old.items() if key not in known | {"sense_mean"}},
+    }
