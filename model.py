@@ -5,13 +5,12 @@ the weights alpha of their sum, and the logits are linear in that sum (section 3
 
     o_i = sum_j sum_l alpha[l,i,j] C(x_j)_l      logits_i = E o_i      (E: the token embedding, tied)
 
-This is attention with K heads whose values are the senses, summed over heads, without an output
-projection. This file is the whole network and needs nothing but torch: copy it anywhere.
-
-Letters in shape comments: B batch, T positions, S key positions (T and those cached before), V tokens
-of the vocabulary, R rows of E (V padded), D = n_embd, H = n_head, K = n_sense, d = n_qk (width of a
-sense's query and key), U distinct tokens, N distinct tokens of a sequence.
+This is attention with K heads whose values are the senses, summed over heads, with no output projection.
 """
+
+# Letters in shape comments: B batch, T positions, S key positions (T and those cached before), V tokens of
+# the vocabulary, R rows of E (V padded), D = n_embd, H = n_head, K = n_sense, d = n_qk (width of a sense's
+# query and key), U distinct tokens, N distinct tokens of a sequence.
 
 import math
 from dataclasses import dataclass, fields
@@ -43,17 +42,15 @@ class BackpackConfig:
     grad_checkpoint: bool = False  # recompute activations in backward instead of storing them
 
     def __post_init__(self):
-        problems = []
+        D, problems = self.n_embd, []
         for key, value in vars(self).items():
             least = 0 if key == "n_sense" else 1
             if type(value) is int and value < least:
                 problems.append(f"{key}={value} must be at least {least}")
-        if self.n_head > 0 and self.n_embd % self.n_head:
-            problems.append(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
-        if self.n_sense > 0 and self.n_qk is None and self.n_embd % self.n_sense:
-            problems.append(
-                f"n_embd={self.n_embd} must be divisible by n_sense={self.n_sense}, or give n_qk"
-            )
+        if self.n_head > 0 and D % self.n_head:
+            problems.append(f"n_embd={D} must be divisible by n_head={self.n_head}")
+        if self.n_sense > 0 and self.n_qk is None and D % self.n_sense:
+            problems.append(f"n_embd={D} must be divisible by n_sense={self.n_sense}, or give n_qk")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout={self.dropout} must be in [0, 1)")
         if problems:
@@ -82,8 +79,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.scale = (config.n_embd // config.n_head) ** -0.5
-        if config.inverse_layer_scale:
-            self.scale /= layer + 1
+        self.scale /= layer + 1 if config.inverse_layer_scale else 1
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -94,16 +90,9 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k = cache.extend(("key", self.layer), k)  # (B,H,S,D/H)
             v = cache.extend(("value", self.layer), v)  # (B,H,S,D/H)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            scale=self.scale,
-        )  # (B,H,T,D/H)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+        p, causal = self.dropout if self.training else 0.0, mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=self.scale)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))  # (B,T,D)
 
 
 class MLP(nn.Module):
@@ -174,7 +163,7 @@ def contextualize(q, k, mask=None):
 
 
 def weigh(alpha, C):
-    """o_i = sum_j sum_l alpha[l,i,j] C_jl as one product: alpha (B,K,T,S), C (B,S,K,D) -> o (B,T,D)."""
+    """o_i = sum_j sum_l alpha[l,i,j] C_jl, as one product: alpha (B,K,T,S), C (B,S,K,D) -> o (B,T,D)."""
     return alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2) @ C.flatten(1, 2)
 
 
@@ -182,10 +171,10 @@ def sum_senses(q, k, C, where, block=128):
     """weigh(contextualize(q, k), C[where]) without (B,K,T,T) weights in memory.
 
     q and k (B,K,T,d); C (U,K,D) senses of distinct tokens; where (B,T): which of them stands where.
-    Returns o (B,T,D). Blocks of queries see no key behind them, and backward computes their weights
-    again. On an eager CPU the weights of equal tokens are added first: text repeats itself, so the
-    products get shorter. Elsewhere counting them would wait for the device, or break a graph.
+    Returns o (B,T,D). Backward computes the weights of a block of queries again.
     """
+    # On an eager CPU the weights of equal tokens are added first: text repeats itself, so the products get
+    # shorter. Elsewhere counting them would wait for the device, or break a graph.
     B, K, T, _ = q.shape
     slot = None
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -194,37 +183,36 @@ def sum_senses(q, k, C, where, block=128):
         new = (first == torch.arange(T)).cumsum(-1)  # (B,T)
         slot = new.gather(1, first) - 1  # (B,T)
         where = where.new_zeros(B, int(new[:, -1].max())).scatter_(1, slot, where)  # (B,N)
-    C = F.embedding(where, C.flatten(1)).to(q.dtype).unflatten(-1, (K, -1))  # (B,N,K,D), N = T without slots
+    C = C.flatten(1).to(q.dtype)  # (U,K*D)
 
-    def some(q, k, C):
+    def part(q, k, C, where):
         alpha = contextualize(q, k)  # (B,K,t,S)
         if slot is not None:
             index = slot[:, None, None, : k.size(2)].expand(alpha.shape)  # (B,K,t,S)
-            alpha = alpha.new_zeros(*alpha.shape[:3], C.size(1)).scatter_add(3, index, alpha)  # (B,K,t,N)
-        return weigh(alpha, C)
+            empty = alpha.new_zeros(*alpha.shape[:3], where.size(1))  # (B,K,t,N)
+            alpha = empty.scatter_add(3, index, alpha)
+        return weigh(alpha, F.embedding(where, C).unflatten(2, (K, -1)))  # C there: (B,n,K,D)
 
     if T <= block:
-        return some(q, k, C)
-    parts = []
+        return part(q, k, C, where)
+    o = []
     for i in range(0, T, block):
         j = min(i + block, T)
-        n = j if slot is None else int(new[:, j - 1].max())  # tokens that are in view of this block
-        part = (q[:, :, i:j], k[:, :, :j], C[:, :n])
-        parts.append(checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(parts, 1)
+        n = j if slot is None else int(new[:, j - 1].max())  # tokens in view of this block
+        args = q[:, :, i:j], k[:, :, :j], C, where[:, :n]
+        o.append(checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(o, 1)
 
 
 # ---- the loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits o E^T, computed by chunks: the N x V logits are never in memory whole.
+    """Mean cross-entropy of the logits o E^T by chunks, so that the N x V logits are never whole."""
 
-    The gradient of a chunk's logits is softmax - one-hot, so forward computes its part of the gradient
-    while the logits are there: three products in all, where recomputing them would take four. Sums are
-    float32 whatever the type of o, and the gradient meets 1/N and the loss scale only in backward, so
-    in float16 it neither underflows nor hides from a GradScaler.
-    """
+    # The gradient of a chunk's logits is softmax - one-hot, so forward takes it while they are there: three
+    # products, where recomputing them takes four. Sums are float32 whatever the type of o. The gradient
+    # meets 1/N and the loss scale in backward: in float16 it can't underflow or hide from a GradScaler.
 
     @staticmethod
     def forward(ctx, o, E, y, vocab_size, with_grad):
@@ -236,7 +224,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         n = max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E))  # rows of a chunk
         # one buffer for all chunks: fresh memory of this size costs a CPU as much as the arithmetic
         buffer = o.new_empty(min(n, len(o)), len(E))
-        for x, dx, target in zip(o.split(n), do.split(n), y[:, None].split(n)):  # (n,D), (n,D), (n,1)
+        chunks = zip(o.split(n), do.split(n), y[:, None].split(n))
+        for x, dx, target in chunks:  # (n,D), (n,D), (n,1)
             counts, target = target >= 0, target.clamp(min=0)
             logits = torch.mm(x, W.T, out=buffer[: len(x)]).to(wide)  # (n,R)
             # padded rows take part in the product, as GPU kernels want sizes of 8, but are impossible
@@ -266,8 +255,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 class Backpack(nn.Module):
     """The Backpack; with n_sense=0 the Transformer LM inside it, alone.
 
-    model.edits is None or changes senses wherever they are used and leaves the weights alone: an object
-    with .senses(ids, C) -> C' and, where .has_topics, .topic_factor(...) of alpha; lab/control.py has one.
+    model.edits is None or an object that changes senses wherever they are used and leaves the weights
+    alone: it has .senses(ids, C), .has_topics and .topic_factor(...) of alpha; see lab/control.py.
     """
 
     def __init__(self, config):
@@ -287,8 +276,7 @@ class Backpack(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """biases: 0; norms: 1; matrices and embeddings: N(0, init_std), but those that end a residual
-        branch or a sense MLP (named proj): N(0, init_std / sqrt(2 n_layer))."""
+        """Biases 0, norms 1, the rest N(0, init_std), over sqrt(2 n_layer) at the end of branches (proj)."""
         std = self.config.init_std
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -303,16 +291,13 @@ class Backpack(nn.Module):
     def forward(
         self, idx, targets=None, attention_mask=None, distinct=None, transformer_share=None
     ):
-        """Logits of the next token, or their loss.
+        """Logits of the next token (B,T,V) and None, or with targets None and their mean loss in nats.
 
-        idx (B,T): token ids. targets (B,T): the token that follows each, -100 where none counts.
-        attention_mask (B,T): 0 at (left) padding. distinct: (ids (U,), where (B,T)), the distinct tokens
-        of idx and which of them stands where, if the caller knows them already; on a GPU that saves a
-        device sync. transformer_share: m, a scalar tensor; the loss is then (1-m) of the Backpack's and m
-        of the Transformer's own, with the logits E h: it teaches the Transformer directly, which the
-        senses' loss reaches through alpha only.
-        Returns (logits (B,T,V), None) without targets, else (None, mean cross-entropy in nats).
-        ValueError: more than block_size tokens.
+        idx (B,T): token ids. targets (B,T): the token after each, -100 where none counts. attention_mask
+        (B,T): 0 at (left) padding. distinct: (ids (U,), where (B,T)), the distinct tokens of idx and which
+        of them stands where, if known; it saves a GPU a device sync. transformer_share: m, a scalar
+        tensor; the loss is (1-m) of the Backpack's and m of the Transformer's own, with the logits E h,
+        which teaches it directly and not through alpha only. ValueError: more than block_size tokens.
         """
         o, h = self.output(idx, attention_mask, distinct=distinct)  # (B,T,D), (B,T,D)
         if targets is None:
@@ -323,10 +308,8 @@ class Backpack(nn.Module):
         return None, loss
 
     def output(self, idx, attention_mask=None, cache=None, distinct=None, sense_table=None):
-        """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's output: both (B,T,D).
-
-        They are the same without senses. cache: of the positions before, which idx continues.
-        """
+        """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's output: both (B,T,D), and
+        the same without senses. cache: of the positions before idx, which it continues."""
         h, mask = self.hidden(idx, attention_mask, cache)  # (B,T,D), (B,1,T,S) or None
         o = h
         if self.config.n_sense:
@@ -379,7 +362,8 @@ class Backpack(nn.Module):
         C = C[where]  # (B,T,K,D)
         if cache is not None:
             k = cache.extend("sense key", k)  # (B,K,S,d)
-            C = cache.extend("sense", C.transpose(1, 2)).transpose(1, 2)  # (B,S,K,D)
+            C = cache.extend("sense", C.flatten(2)[:, None])[:, 0]  # (B,S,K*D)
+            C = C.unflatten(2, (self.config.n_sense, -1))  # (B,S,K,D)
         alpha = contextualize(q, k, mask)  # (B,K,T,S)
         if topics:
             alpha = alpha * self.edits.topic_factor(self.wte, idx, C, mask, cache)
@@ -408,37 +392,23 @@ class Backpack(nn.Module):
         if torch.is_autocast_enabled(o.device.type):
             o = o.to(torch.get_autocast_dtype(o.device.type))
         o, y = o.flatten(0, 1), targets.flatten()  # (N,D), (N,)
-        return LinearCrossEntropy.apply(
-            o, self.wte.weight, y, self.config.vocab_size, torch.is_grad_enabled()
-        )
+        V, with_grad = self.config.vocab_size, torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(o, self.wte.weight, y, V, with_grad)
 
     @torch.no_grad()
     def sense_table(self, max_bytes=4e9):
         """The senses of all tokens (V,K,D), to look up in generation; None: more than max_bytes, or none."""
-        ids = torch.arange(self.config.vocab_size, device=self.wte.weight.device)  # (V,)
-        if not self.config.n_sense:
+        c, ids = self.config, torch.arange(self.config.vocab_size, device=self.wte.weight.device)
+        if not 0 < 4 * c.vocab_size * c.n_sense * c.n_embd <= max_bytes:
             return None
-        one = self.senses(ids[:1])  # (1,K,D)
-        if one.nbytes * len(ids) > max_bytes:
-            return None
-        table = one.new_empty(len(ids), *one.shape[1:])  # (V,K,D)
+        table = self.senses(ids[:1]).new_empty(c.vocab_size, c.n_sense, c.n_embd)  # (V,K,D)
         for part in ids.split(1024):
             table[part] = self.senses(part)
         return table
 
     @torch.no_grad()
-    def stream(
-        self,
-        idx,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        attention_mask=None,
-        generator=None,
-        sense_table=None,
-    ):
-        """Yield the next token of every sequence (B,1), max_new_tokens times; arguments as in generate."""
+    def stream(self, idx, max_new_tokens, attention_mask=None, sense_table=None, **sampling):
+        """Yield the next token of every sequence (B,1), max_new_tokens times; see generate."""
         training, block_size = self.training, self.config.block_size
         self.eval()
         if attention_mask is not None:
@@ -451,8 +421,7 @@ class Backpack(nn.Module):
                 new = idx[:, start + cache.past :]  # (B,T), after the first step (B,1)
                 mask = None if attention_mask is None else attention_mask[:, start : idx.size(1)]
                 o, _ = self.output(new, mask, cache, sense_table=sense_table)
-                logits = self.logits(o[:, -1])  # (B,V)
-                token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,1)
+                token = sample_token(self.logits(o[:, -1]), **sampling)  # (B,1)
                 yield token
                 idx = torch.cat((idx, token), 1)
         finally:
@@ -461,11 +430,10 @@ class Backpack(nn.Module):
     def generate(self, idx, max_new_tokens, **sampling):
         """Continue idx (B,T), T >= 1, by max_new_tokens tokens -> (B, T + max_new_tokens).
 
-        temperature: 0 takes the likeliest token; top_k: only the k likeliest; top_p: only the likeliest
-        that together have this probability; attention_mask (B,T): 0 at left padding; generator: a
-        torch.Generator to draw from; sense_table: what sense_table() returned, so that senses are looked
-        up instead of computed. Past keys, values and senses are cached, so a step computes one position;
-        when block_size positions are cached, the last block_size/2 are computed anew from position 0.
+        temperature: 0 takes the likeliest token; top_k: only the k likeliest; top_p: only the likeliest that
+        together have this probability; generator: a torch.Generator; attention_mask (B,T): 0 at left
+        padding; sense_table: what sense_table() returned, to look senses up. Past keys, values and senses
+        are cached; when block_size positions are, the last half is computed anew from position 0.
         """
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], 1)
 
@@ -475,9 +443,9 @@ class Backpack(nn.Module):
 
     def param_groups(self, weight_decay):
         """Parameter groups for AdamW: matrices decay; biases, norms and embeddings don't (paper)."""
-        embeddings = {self.wte.weight, self.wpe.weight}
-        decay = [p for p in self.parameters() if p.dim() >= 2 and p not in embeddings]
-        rest = [p for p in self.parameters() if p.dim() < 2 or p in embeddings]
+        decays = {p: p.dim() >= 2 for p in self.parameters()}
+        decays |= {self.wte.weight: False, self.wpe.weight: False}
+        decay, rest = [p for p in decays if decays[p]], [p for p in decays if not decays[p]]
         return [
             {"params": decay, "weight_decay": weight_decay},
             {"params": rest, "weight_decay": 0.0},
@@ -487,17 +455,16 @@ class Backpack(nn.Module):
     def from_checkpoint(cls, source, device="cpu", **changes):
         """The model of a run folder, a ckpt.pt or a checkpoint already read: float32, in eval mode.
 
-        changes: fields of BackpackConfig to set otherwise, such as dropout. CheckpointError: the file is
-        missing or damaged, or its config and weights don't fit each other.
+        changes: fields of BackpackConfig to set otherwise. CheckpointError: missing, damaged, no fit.
         """
         ckpt = source if isinstance(source, dict) else load_checkpoint(source, device)
         try:
-            with torch.device("meta"):  # no memory, no initialisation: the weights come from the file
+            with torch.device("meta"):  # no memory, no initialisation: the weights come later
                 model = cls(BackpackConfig(**ckpt["config"] | changes))
             model.to_empty(device=device).load_state_dict(ckpt["model"])
         except (ValueError, TypeError, RuntimeError) as error:
-            text = str(error)[:200]
-            raise CheckpointError(f"the checkpoint's weights don't fit its config: {text!r}") from None
+            reason = repr(str(error)[:200])
+            raise CheckpointError(f"weights and config don't fit each other: {reason}") from None
         return model.eval()
 
 
@@ -524,11 +491,10 @@ class CheckpointError(OSError):
 
 
 def load_checkpoint(path, device="cpu", mmap=False):
-    """The dict that train.py saved: config (of the model), settings (of training), model, optimizer, ...
+    """The dict that train.py saved, of a run folder or a file; nothing pickled in it is executed.
 
-    path: a run folder or a file. mmap: tensors are read where they are used, and processes share their
-    pages; nothing may write the file in place meanwhile. Nothing pickled is executed. CheckpointError:
-    there is none, or it is damaged.
+    mmap: tensors are read where they are used, and processes share their pages; nothing may write the
+    file in place meanwhile. CheckpointError: there is none, or it is damaged.
     """
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -544,19 +510,16 @@ def load_checkpoint(path, device="cpu", mmap=False):
 
 
 def upgrade(ckpt):
-    """Bring a checkpoint from before 2026-11-24 to today's form: it had one dict of all settings, and
-    sense_mean, which divided the sum by n_sense: now the matrix that makes the senses is divided."""
+    """Bring a checkpoint from before 2026-11-24 to today's form."""
+    # It had all settings in one dict, and sense_mean, which divided the sum by n_sense: now the matrix that
+    # makes the senses is divided.
     if "settings" in ckpt:
         return ckpt
     known = {f.name for f in fields(BackpackConfig)}
-    old = ckpt["config"]
-    model = dict(ckpt["model"])
-    if old.get("sense_mean"):
-        for name in {"weight", "bias"}:
-            if (key := f"sense_network.mlp_out.proj.{name}") in model:
-                model[key] = model[key] / old["n_sense"]
-    return ckpt | {
-        "model": model,
-        "config": {key: value for key, value in old.items() if key in known},
-        "settings": {key: value for key, value in old.items() if key not in known | {"sense_mean"}},
-    }
+    config = {key: value for key, value in ckpt["config"].items() if key in known}
+    settings = {key: value for key, value in ckpt["config"].items() if key not in known}
+    weights = dict(ckpt["model"])
+    if settings.pop("sense_mean", False):
+        for name in [name for name in weights if "mlp_out.proj" in name]:
+            weights[name] = weights[name] / config["n_sense"]
+    return ckpt | {"model": weights, "config": config, "settings": settings}

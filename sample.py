@@ -1,97 +1,190 @@
 """Print samples of a run as they are generated.
 
-    python sample.py --out_dir=out/shakespeare_char
-    python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3 --temperature=0.8
-    python sample.py --out_dir=out/simplewiki --start="The nurse said that" --edit="scale nurse 10 0"
+    python sample.py                                    the newest run in out/, else pretrained/simplewiki
+    python sample.py --run=out/shakespeare_char --start="ROMEO:" --num_samples=3 --temperature=0.8
+    python sample.py --run=pretrained/simplewiki --start="He was born in Chicago," --max_new_tokens=20 \\
+        --edit="swap Chicago: Illinois -> Texas"
 """
+
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from checkpoints import CheckpointError, load_checkpoint
-from configurator import UserError, configure, run
-from devices import autocast, pick_device, pick_dtype
-from edits import make_edits, parse, read_edits, summary
-from model import Backpack
+from configurator import UserError, autocast, configure, pick_device, pick_dtype, run
+from model import Backpack, load_checkpoint
 from tokenizer import load_tokenizer
 
 
 @dataclass
 class Settings:
-    out_dir: str = "out/shakespeare_char"  # a run folder of train.py, or a checkpoint file
-    start: str = ""                  # text to go on from, or FILE:path; empty: the start of a document
-    num_samples: int = 3
-    batch_size: int = 8              # samples generated at once; the first of them is printed as it grows
-    max_new_tokens: int = 500        # per sample
-    temperature: float = 0.8         # 1: as the model has it; lower: likelier tokens; 0: always the likeliest
-    top_k: int | None = None         # draw from the k likeliest tokens only
-    top_p: float | None = None       # draw from the likeliest tokens that together have this probability
-    edits: str | None = None         # a JSON file of edits of senses (edits.py); each sample without and with them
-    edit: str = ""                   # more of them: "scale nurse 10 0; swap MacBook: Apple -> HP; topic sports 2"
-    sense_table_gb: float = 4.0      # senses of the whole vocabulary are computed in advance if they fit in this
-    seed: int = 1337                 # the same settings and seed give the same text
-    device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
-    dtype: str = "auto"              # float32, bfloat16, float16; auto: 16 bits on a GPU
+    run: str | None = None  # a run folder or a checkpoint file; None: the newest run in out/
+    start: str = ""  # text to continue, or FILE:path; empty: the start of a document
+    num_samples: int = 3  # how many to print
+    batch_size: int = 8  # samples generated at once; the first is printed as it grows
+    max_new_tokens: int = 500  # per sample
+    stop_at_end: bool = True  # end a sample where its document ends
+    temperature: float = 0.8  # 1: the model's own; lower: likelier tokens; 0: only the likeliest
+    top_k: int | None = None  # draw from the k likeliest tokens only
+    top_p: float | None = None  # draw from the likeliest tokens that together have this probability
+    edits: str | None = None  # a JSON file of edits of senses (lab/edit.py), to compare with none
+    edit: str = ""  # more edits, as "scale river 4 0; swap Chicago: Illinois -> Texas"
+    sense_table_gb: float = 4.0  # compute the senses of all tokens in advance, if they fit in this
+    seed: int = 1337  # the same settings and seed give the same text
+    device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
+    dtype: str = "auto"  # float32, bfloat16, float16; auto: 16 bits on a GPU
+
+
+def newest_run(senses):
+    """The run in out/ with the newest checkpoint (if senses, one that has senses), or the shipped run."""
+    shipped = Path(__file__).parent / "pretrained/simplewiki"
+    runs = sorted(Path("out").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(runs):
+        if not senses or load_checkpoint(path, mmap=True)["config"]["n_sense"]:
+            return path.parent
+    return shipped
+
+
+def open_run(run=None, device="auto", edits=None, edit="", senses=True):
+    """Open a run; every tool does so here.
+
+    run: a run folder or a checkpoint file; None: newest_run, which is then named on stderr. edits: a
+    JSON file of edits; edit: more of them as text. senses: refuse a run without senses. Returns a
+    namespace: path, ckpt, model (in eval mode, with the edits), tokenizer (None if the run has none),
+    device, edits (a list). UserError, CheckpointError: one of these is missing or bad.
+    """
+    device = pick_device(device)
+    path = Path(run) if run else newest_run(senses)
+    if not run:
+        print(f"run: {path}", file=sys.stderr)
+    ckpt = load_checkpoint(path)
+    if senses and not ckpt["config"]["n_sense"]:
+        raise UserError(f"{path} is a plain Transformer (n_sense=0): it has no senses")
+    model, spec = Backpack.from_checkpoint(ckpt, device), ckpt["meta"]["tokenizer"]
+    with_edits = bool(edits or edit)
+    tokenizer = load_tokenizer(spec) if spec or with_edits else None
+    listed = []
+    if with_edits:
+        try:
+            from lab.edit import make_edits, parse, read_edits
+        except ModuleNotFoundError as error:
+            if error.name not in ("lab", "lab.edit"):
+                raise
+            raise UserError(
+                "edits need the folder lab/ of the repository, which is missing"
+            ) from None
+        listed = read_edits(edits) + parse(edit)
+        model.edits = make_edits(model, tokenizer, listed)
+    return SimpleNamespace(
+        path=path, ckpt=ckpt, model=model, tokenizer=tokenizer, device=device, edits=listed
+    )
 
 
 def start_ids(start, tokenizer):
-    """The token ids of --start; of an empty one the token that ends documents, or a newline. Raises UserError."""
+    """The token ids of --start; if it is empty, of the end of the document before, or a newline."""
     if start.startswith("FILE:"):
+        path = start[5:]
         try:
-            start = Path(start[5:]).read_bytes().decode()
+            start = Path(path).read_bytes().decode()
         except OSError as error:
-            raise UserError(f"--start: {start[5:]}: {error.strerror}") from None
+            raise UserError(f"--start: {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"--start: {start[5:]} is not UTF-8: byte {error.start}") from None
+            raise UserError(f"--start: {path} is not UTF-8: byte {error.start}") from None
     if not start and tokenizer.end is not None:
         return [tokenizer.end]
     return tokenizer.encode(start or "\n")
 
 
-def main(argv):
-    s, _ = configure(Settings, argv, __doc__)
-    problems = [f"{key}={getattr(s, key)} must be {what}" for key, what, ok in (
-        ("num_samples", "at least 1", s.num_samples > 0), ("max_new_tokens", "at least 1", s.max_new_tokens > 0),
-        ("batch_size", "at least 1", s.batch_size > 0), ("sense_table_gb", "at least 0", s.sense_table_gb >= 0),
-        ("temperature", "at least 0", s.temperature >= 0), ("top_k", "at least 1", s.top_k is None or s.top_k > 0),
-        ("top_p", "in (0, 1]", s.top_p is None or 0 < s.top_p <= 1)) if not ok]
+def check(s):
+    """Raise UserError for settings out of range."""
+    rules = {
+        "num_samples": ("at least 1", s.num_samples > 0),
+        "max_new_tokens": ("at least 1", s.max_new_tokens > 0),
+        "batch_size": ("at least 1", s.batch_size > 0),
+        "sense_table_gb": ("at least 0", s.sense_table_gb >= 0),
+        "temperature": ("at least 0", s.temperature >= 0),
+        "top_k": ("at least 1", s.top_k is None or s.top_k > 0),
+        "top_p": ("in (0, 1]", s.top_p is None or 0 < s.top_p <= 1),
+    }
+    problems = [
+        f"{key}={getattr(s, key)} must be {what}" for key, (what, ok) in rules.items() if not ok
+    ]
     if problems:
         raise UserError("; ".join(problems))
-    device = pick_device(s.device)
-    dtype = pick_dtype(s.dtype, device)
-    ckpt = load_checkpoint(s.out_dir)
-    model, tokenizer = Backpack.from_checkpoint(ckpt, device), load_tokenizer(ckpt["meta"]["tokenizer"])
-    idx = torch.tensor(start_ids(s.start, tokenizer), device=device)[None]                         # (1,T)
+
+
+def print_batch(tokens, tokenizer, text, numbers, total, end):
+    """Print samples, the first as it grows; returns how many tokens were generated.
+
+    tokens: an iterator of the next token of every sample (B,1); text: what they all start with;
+    numbers: the number of each sample; end: the id that ends a sample (-1: none does).
+    """
+    samples, ended, made = [[] for _ in numbers], [False] * len(numbers), 0
+    n_printed = 0  # tokens of the first sample
+    print(f"--- sample {numbers[0]} of {total}\n{text}", end="", flush=True)
+    for token in tokens:
+        made += len(samples)
+        for i, id in enumerate(token[:, 0].tolist()):
+            ended[i] = ended[i] or id == end
+            if not ended[i]:
+                samples[i].append(id)
+        piece = tokenizer.decode(samples[0][n_printed:])
+        if not piece.endswith("\ufffd"):  # else a character whose other tokens are still to come
+            print(piece, end="", flush=True)
+            n_printed = len(samples[0])
+        if all(ended):
+            break
+    print(tokenizer.decode(samples[0][n_printed:]))
+    for number, sample in zip(numbers[1:], samples[1:]):
+        print(f"--- sample {number} of {total}\n{text}{tokenizer.decode(sample)}")
+    return made
+
+
+def print_samples(s, model, tokenizer, idx, device):
+    """Print s.num_samples continuations of idx (1,T); returns how many tokens were generated."""
     text = tokenizer.decode(idx[0].tolist()) if s.start else ""
-    listed = read_edits(s.edits) + parse(s.edit)
-    edits = make_edits(model, tokenizer, listed)
-    began, steps = time.perf_counter(), s.max_new_tokens * -(-s.num_samples // s.batch_size)
-    for model.edits in [None] if edits is None else [None, edits]:
-        if edits is not None:
-            print(f"=== with {summary(listed)}" if model.edits else "=== without edits")
-        generator = torch.Generator(device).manual_seed(s.seed)
-        with autocast(device, dtype):
-            # one token's senses alone take as long as some 25 rows of the whole table (micro's shape on a CPU)
-            table = model.sense_table(s.sense_table_gb * 1e9) if model.config.vocab_size <= 25 * steps else None
-            for first in range(0, s.num_samples, s.batch_size):
-                batch = range(first, min(first + s.batch_size, s.num_samples))
-                tokens, pending = [], []  # a character may need several tokens: they wait until they make one
-                print(f"--- sample {first + 1} of {s.num_samples}\n{text}", end="", flush=True)
-                for token in model.stream(idx.repeat(len(batch), 1), s.max_new_tokens, s.temperature, s.top_k, s.top_p,
-                                          generator=generator, sense_table=table):                  # (B,1)
-                    tokens.append(token)
-                    pending.append(token[0].item())
-                    if not (new := tokenizer.decode(pending)).endswith("\ufffd"):
-                        print(new, end="", flush=True)
-                        pending = []
-                print(tokenizer.decode(pending))
-                for i, row in zip(batch[1:], torch.cat(tokens, 1)[1:].tolist()):
-                    print(f"--- sample {i + 1} of {s.num_samples}\n{text}{tokenizer.decode(row)}")
-    rate = s.num_samples * s.max_new_tokens * (1 if edits is None else 2) / (time.perf_counter() - began)
-    print(f"--- step {ckpt['step']}, {rate:,.0f} tokens/s on {device}")
+    end = tokenizer.end if s.stop_at_end and tokenizer.end is not None else -1
+    # the senses of one token alone take as long as 25 rows of the whole table (micro's shape, a CPU)
+    steps = s.max_new_tokens * -(-s.num_samples // s.batch_size)
+    use_table = model.config.vocab_size <= 25 * steps
+    sampling = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+    sampling["generator"] = torch.Generator(device).manual_seed(s.seed)
+    made = 0
+    with autocast(device, pick_dtype(s.dtype, device)):
+        table = model.sense_table(s.sense_table_gb * 1e9) if use_table else None
+        for first in range(0, s.num_samples, s.batch_size):
+            numbers = range(first + 1, min(first + s.batch_size, s.num_samples) + 1)
+            start = idx.repeat(len(numbers), 1)  # (B,T)
+            tokens = model.stream(start, s.max_new_tokens, sense_table=table, **sampling)
+            made += print_batch(tokens, tokenizer, text, numbers, s.num_samples, end)
+    return made
+
+
+def main(argv):
+    s, _ = configure(Settings, argv, __doc__)
+    check(s)
+    opened = open_run(s.run, s.device, s.edits, s.edit, senses=bool(s.edits or s.edit))
+    model, tokenizer, device = opened.model, opened.tokenizer, opened.device
+    if tokenizer is None:
+        hint = "import it with python -m lab.convert --tokenizer=gpt2"
+        raise UserError(f"this run has no tokenizer: {hint}")
+    idx = torch.tensor(start_ids(s.start, tokenizer), device=device)[None]  # (1,T)
+    began, made = time.perf_counter(), 0
+    if opened.edits:
+        from lab.edit import summary
+
+        edits, model.edits = model.edits, None
+        print("=== without edits")
+        made += print_samples(s, model, tokenizer, idx, device)
+        model.edits = edits
+        print(f"=== with {summary(opened.edits)}")
+    made += print_samples(s, model, tokenizer, idx, device)
+    rate = made / (time.perf_counter() - began)
+    print(f"--- step {opened.ckpt['step']}, {rate:,.0f} tokens/s on {device}")
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError)
+    run(main)

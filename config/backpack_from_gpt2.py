@@ -1,9 +1,12 @@
-# A Backpack that starts from GPT-2: its weights become the contextualizer and the embedding, its senses are new (ours).
-#   python convert.py --source=openai-community/gpt2 --n_sense=16 --out_dir=out/gpt2_senses
+# A Backpack that starts from GPT-2: contextualizer and embedding are GPT-2's, the senses are new
+# (our recipe).
+#   python -m lab.convert --source=openai-community/gpt2 --n_sense=16 --dest=out/gpt2_senses
 #   torchrun --nproc_per_node=4 train.py config/backpack_from_gpt2.py
-# hardware: 4 A100-40GB; UNTESTED at this size. From the Transformer of config/shakespeare.py (validation loss 3.89), at
-# learning rate 1e-3, 2 CPU cores, 2026-11-23, one seed: 8.33 at first, 4.04 in a run of 500 steps and 3.82 in one of
-# 2,000; config/shakespeare.py from scratch: 4.25 and 3.82. transformer_share=0.5 was no better there (4.03 and 3.83).
+# hardware: 4 A100-40GB; UNTESTED at this size. A small trial, from the Transformer of
+# config/shakespeare.py (validation loss 3.89) on 2 CPU cores, 2026-11-23, one seed, learning rate
+# 1e-3: the loss starts at 8.33 and reaches 4.04 in a run of 500 steps and 3.82 in one of 2,000.
+# From scratch, config/shakespeare.py reaches 4.25 and 3.82. transformer_share=0.5 did not help
+# (4.03 and 3.83).
 
 out_dir = "out/backpack_from_gpt2"
 init_from = "out/gpt2_senses"

@@ -3,8 +3,8 @@
 #   torchrun --nproc_per_node=4 train.py config/backpack_mini.py
 # hardware: 4 A100-40GB, 3 to 4 days (paper)
 # validation perplexity on OpenWebText: 23.5 (paper)
-# What is not set here is the paper's recipe, which is train.py's default: see --help. The paper trained in fp16; here
-# dtype=auto takes bf16 on a GPU that has it.
+# Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
+# fp16; dtype=auto takes bf16 if the GPU supports it.
 
 out_dir = "out/backpack_mini"
 dataset = "openwebtext"

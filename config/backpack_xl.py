@@ -1,4 +1,5 @@
-# A Backpack of GPT-2 xl's size on FineWeb-Edu. The paper has none: a recipe of ours, UNTESTED.
+# A Backpack of GPT-2 xl's size on FineWeb-Edu. The paper has no model of this size: the recipe is
+# ours, UNTESTED.
 #   python prepare_data.py --dataset=fineweb_edu
 #   torchrun --nproc_per_node=8 train.py config/backpack_xl.py
 # hardware: 8 H100-80GB; time and loss: not measured

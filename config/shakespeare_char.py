@@ -1,15 +1,16 @@
-# A Backpack on Shakespeare's plays, by characters.
+# A Backpack on Shakespeare's plays, one token per character.
 #   python prepare_data.py && python train.py config/shakespeare_char.py && python sample.py
-# hardware: 2 CPU cores, 4 minutes; validation loss 1.56, its Transformer (--n_sense=0) 1.55 (measured 2026-11-23)
+# hardware: 2 CPU cores, 4 minutes; validation loss 1.56, its Transformer (--n_sense=0) 1.55
+# (measured 2026-11-23)
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
 
 block_size = 64
 n_layer, n_head, n_embd, n_sense = 4, 4, 128, 16
-n_qk = 32                 # the paper's n_embd / n_sense = 8 is narrow at this width
-init_std = 0.08           # about n_embd ** -0.5
-transformer_share = 0.75  # else the Transformer inside collapses: docs/small_runs.md
+n_qk = 32  # the paper's n_embd / n_sense would be only 8 here
+init_std = 0.08  # about n_embd ** -0.5
+transformer_share = 0.75  # without it the Transformer inside collapses: lab/notes/small_runs.md
 
 tokens_per_step = 12 * 64
 batch_size = 12

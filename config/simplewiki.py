@@ -1,8 +1,8 @@
 # A Backpack on Simple English Wikipedia, with a byte-level BPE of 8,192 tokens learned from it.
 #   python prepare_data.py --dataset=simplewiki
-#   python train.py config/simplewiki.py && python sample.py --out_dir=out/simplewiki
-# hardware: 2 CPU cores, 110 minutes beside other work; validation loss 3.80 (pretrained/simplewiki)
-# after 1,000 steps 4.94, its Transformer (--n_sense=0) 5.23 (measured 2026-11-23)
+#   python train.py config/simplewiki.py && python sample.py --run=out/simplewiki
+# hardware: 2 CPU cores, 110 minutes on a busy machine; validation loss 3.80 (pretrained/simplewiki)
+# After 1,000 steps: 4.94; its Transformer (--n_sense=0) 5.23 (measured 2026-11-23)
 
 out_dir = "out/simplewiki"
 dataset = "simplewiki"
@@ -10,9 +10,9 @@ dataset = "simplewiki"
 block_size = 128
 n_layer, n_head, n_embd, n_sense = 4, 6, 192, 16
 n_qk = 32
-sense_mlp_ratio = 1       # with 4 the sense network would have half of all parameters
-init_std = 0.07           # about n_embd ** -0.5
-transformer_share = 0.75  # docs/small_runs.md
+sense_mlp_ratio = 1  # with 4, half of all parameters would be in the sense network
+init_std = 0.07  # about n_embd ** -0.5
+transformer_share = 0.75  # lab/notes/small_runs.md
 
 tokens_per_step = 16 * 128
 batch_size = 16

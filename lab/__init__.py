@@ -1,1 +1,1 @@
-"""Research tools: look into a Backpack, edit and teach it, measure it, move its weights. See lab/README.md."""
+"""Research tools: look into a Backpack, edit, teach, measure and convert it. See lab/README.md."""

@@ -1,55 +1,65 @@
-"""Weights in and out: published Backpacks and GPT-2 become runs that train.py, sample.py, senses.py and bench.py take.
+"""Weights in and out: published Backpacks and GPT-2 become runs; runs become folders for others.
 
-    python convert.py --source=stanfordnlp/backpack-gpt2 --out_dir=out/backpack_gpt2   a Hub id, a folder or a file
-    python convert.py --source=gpt2-small-flash-fp16.ckpt --out_dir=out/gpt2_authors   the authors' checkpoints
-    python convert.py --source=openai-community/gpt2 --out_dir=out/gpt2                a plain Transformer (n_sense=0)
-    python convert.py --source=openai-community/gpt2 --out_dir=out/gpt2_senses --n_sense=16   with new senses, to train
-    python convert.py --out_dir=pretrained/simplewiki --to=hf --dest=folder      for transformers; --edits=FILE in it
-    python convert.py --out_dir=out/backpack_gpt2 --to=backpack-gpt2 --dest=folder    or in any of the other layouts
+    python -m lab.convert --source=stanfordnlp/backpack-gpt2 --dest=out/backpack_gpt2    from the Hub
+    python -m lab.convert --source=gpt2-small-flash-fp16.ckpt --dest=out/gpt2_authors    the authors' files
+    python -m lab.convert --source=openai-community/gpt2 --dest=out/gpt2                 a plain Transformer
+    python -m lab.convert --source=openai-community/gpt2 --dest=out/gpt2_senses --n_sense=16  to train
+    python -m lab.convert --source=out/my_run --dest=small                               weights to share
+    python -m lab.convert --source=pretrained/simplewiki --to=hf --dest=folder           for transformers
+    python -m lab.convert --source=out/backpack_gpt2 --to=backpack-gpt2 --dest=published
 
-The layout is told from the names of the tensors; every tensor must find its place and fit it. Nothing pickled in the
-source is executed: tensors and plain containers are made, and anything else stays an empty shell.
+A source's layout is detected from tensor names; every tensor must find its place and fit it. Nothing
+pickled in a source is executed: tensors and plain containers are read, anything else is left out.
 """
-import functools
+
+import contextlib
 import hashlib
 import json
 import pickle
-import types
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from checkpoints import CheckpointError, save_checkpoint
 from configurator import UserError, configure, hold, run
-from export import export
-from layouts import LAYOUTS, detect, to_ours
-from model import Backpack, BackpackConfig
-from tokenizer import from_transformers, require
+from lab.export import cast, export, from_transformers
+from lab.layouts import LAYOUTS, detect, infer_config, to_ours
+from model import Backpack, BackpackConfig, load_checkpoint, upgrade
+from tokenizer import require
+from train import save_checkpoint
 
-HEADS = {(6, 384): 6, (8, 640): 8, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}  # (n_layer, n_embd)
-DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CHOICES = {
+    "to": ("run", *LAYOUTS),
+    "layout": ("auto", *LAYOUTS),
+    "tokenizer": (None, "gpt2", "none"),
+    "dtype": ("auto", "keep", "float32", "float16", "bfloat16"),
+}
+IMPORT_KEYS = ("layout", "n_head", "n_sense", "tokenizer", "trust_pickle")  # a run knows these
+# what a new run replaces or removes in its folder
+RUN_FILES = ("ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json")
 
 
 @dataclass
 class Settings:
-    source: str = ""                 # a file (.bin, .safetensors, .ckpt), a folder or a Hub id
-    out_dir: str = ""                # the run to make, or with --to to write
-    layout: str = "auto"             # backpack-gpt2, levanter, gpt2, lightning, lightning-gpt2, hf; auto: by the names
-    n_head: int | None = None        # None: from the source's config.json, or the known sizes
-    n_sense: int = 0                 # with a gpt2 layout: give it so many new senses per token, to be trained
-    tokenizer: str | None = None     # gpt2 or none; None: gpt2 where the vocabulary has its size, else the source's
-    dtype: str = "keep"              # or float32, float16, bfloat16
-    trust_pickle: bool = False       # load what isn't plain tensors, executing what is pickled in it
-    to: str | None = None            # write the run in out_dir in this layout (hf: with what transformers needs) ...
-    dest: str = ""                   # ... into this folder
-    edits: str | None = None         # with --to=hf: a JSON file of edits of senses (edits.py) that shall hold there
-    overwrite: bool = False          # over the run in out_dir, or the export in dest
-    seed: int = 1337                 # of new senses
+    source: str = ""  # a Hub id, a file (.bin, .safetensors, .ckpt), a folder, or a run of ours
+    dest: str = ""  # the folder to write
+    to: str = "run"  # or hf, for transformers, or a published layout (see layout)
+    layout: str = "auto"  # or one of backpack-gpt2, levanter, gpt2, lightning, lightning-gpt2, hf
+    n_head: int | None = None  # None: from the source's config.json, or from the known sizes
+    n_sense: int = 0  # of a plain GPT-2: add this many new senses per token, to be trained
+    tokenizer: str | None = None  # gpt2, none; None: gpt2 if the vocabulary fits, else the source's
+    dtype: str = "auto"  # keep, float32, float16, bfloat16; auto: keep, but float16 from run to run
+    trust_pickle: bool = False  # load more than plain tensors, executing what is pickled
+    edits: str | None = None  # with --to=hf: a JSON file of edits (lab/edit.py) to apply there
+    overwrite: bool = False  # replace what dest has under the names that are written
+    seed: int = 1337  # of new senses
+
+
+# ---- reading files
 
 
 class Shell:
-    """What stands in for any pickled object that is no tensor and no plain container: it takes all and does nothing."""
+    """Stands in for a pickled object that is neither a tensor nor a plain container; does nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -61,158 +71,237 @@ class Shell:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Makes tensors and plain containers; of everything else an empty Shell, so that no code of a file runs."""
+    """Makes tensors and plain containers, and a Shell of all else, so that no code of a file runs."""
+
+    PLAIN = {
+        ("collections", "OrderedDict"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch", "Size"),
+        ("builtins", "set"),
+        ("builtins", "frozenset"),
+    }
 
     def find_class(self, module, name):
-        plain = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch", "Size"),
-                 ("torch._utils", "_rebuild_parameter"), ("builtins", "set"), ("builtins", "frozenset")}
-        if (module, name) in plain or (module in ("torch", "torch.storage") and name.endswith("Storage")):
+        storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+        if storage or (module, name) in self.PLAIN:
             return super().find_class(module, name)
         return type(name, (Shell,), {})
 
 
-def read_file(path, trust_pickle=False):
-    """The tensors of a .safetensors file or of anything torch.save wrote, nested dictionaries' under "state_dict"."""
-    plain = types.ModuleType("plain_pickle")
-    plain.Unpickler, plain.load = PlainUnpickler, lambda file, **keys: PlainUnpickler(file, **keys).load()
-    load = functools.partial(torch.load, map_location="cpu", weights_only=False,
-                             pickle_module=None if trust_pickle else plain)
-    if path.suffix == ".safetensors":
-        load = require("safetensors.torch", str(path)).load_file
+class PlainPickle:
+    """What torch.load needs of the pickle module."""
+
+    Unpickler = PlainUnpickler
+
+    @staticmethod
+    def load(file, **options):
+        return PlainUnpickler(file, **options).load()
+
+
+def read_tensors(path, trust_pickle=False):
+    """The tensors of a .safetensors file or of one by torch.save. UserError: damaged, or holds more."""
     try:
-        found = load(path)
+        if path.suffix == ".safetensors":
+            found = require("safetensors.torch", str(path)).load_file(path)
+        else:
+            module = None if trust_pickle else PlainPickle
+            found = torch.load(path, "cpu", pickle_module=module, weights_only=False)
+    except UserError:
+        raise
     except Exception as error:  # zip, pickle, storage and header errors have no common class
-        raise UserError(f"{path} is truncated or holds no tensors: {str(error)[:200]!r}") from None
-    found = found.get("state_dict", found.get("model", found)) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise UserError(f"{path} holds more than tensors: --trust_pickle=True loads it, and executes what is in it")
+        text = str(error)[:200]
+        raise UserError(f"{path} is truncated or holds no tensors: {text!r}") from None
+    if isinstance(found, dict):
+        found = found.get("state_dict", found.get("model", found))
+    if not isinstance(found, dict) or not all(torch.is_tensor(value) for value in found.values()):
+        hint = "--trust_pickle loads it, and executes what is in it"
+        raise UserError(f"{path} holds more than tensors: {hint}")
     return found
 
 
-def read_source(source, trust_pickle):
-    """(tensors, {name: what's in it} of config.json and tokenizer.json beside, sha256 of each file) of a file, a folder
-    or a Hub id. Raises UserError."""
-    path = Path(source)
+def read_json(path):
+    """The JSON object in a file; {} if there is none. UserError: it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a JSON object: {error}") from None
+
+
+def find_files(source):
+    """(folder, files of weights) of a file, a folder or a Hub id. UserError: there are none."""
+    path, patterns = Path(source), ("*.safetensors", "pytorch_model*.bin")
+    if path.is_file():
+        return path, [path]
     if not path.exists():
         hub = require("huggingface_hub", f"{source} is no file or folder here; a Hub id")
         try:
-            for weights in ("*.safetensors", "pytorch_model*.bin"):  # the second only where the first isn't there
-                path = Path(hub.snapshot_download(source, allow_patterns=["*.json", weights]))
-                if any(path.glob(weights)):
+            for pattern in patterns:  # the second only if a repository has none of the first
+                path = Path(hub.snapshot_download(source, allow_patterns=["*.json", pattern]))
+                if any(path.glob(pattern)):
                     break
         except Exception as error:
-            raise UserError(f"source={source}: no such file or folder, and not to be had from the Hub: "
-                            f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(f"{path} has no *.safetensors and no pytorch_model*.bin")
-    tensors, sha = {}, {}
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            raise UserError(f"source={source}: not here, and not on the Hub: {reason}") from None
+    for pattern in patterns:
+        files = sorted(path.glob(pattern))
+        if files:
+            return path, files
+    raise UserError(f"{path} has no {' and no '.join(patterns)}")
+
+
+# ---- a source as a checkpoint
+
+
+def is_run(source):
+    path = Path(source)
+    return (path / "ckpt.pt").is_file() or (path.is_file() and path.suffix == ".pt")
+
+
+def read_run(source):
+    """(the weights-only checkpoint of a run, the records of metrics.jsonl up to its step)."""
+    ckpt, path = load_checkpoint(source), Path(source)
+    kept = {key: ckpt[key] for key in ("model", "config", "settings", "step", "meta")}
+    found = ckpt.get("source", {})
+    if "source" in ckpt["settings"]:  # imports before 2026-11-24 have it there
+        found = {key: ckpt["settings"].get(f"source_{key}") for key in ("layout", "sha256", "rows")}
+        found["name"] = ckpt["settings"]["source"]
+    log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
+    records = []
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError):  # half a line of a run that was killed
+            records.append(json.loads(line))
+    return kept | {"source": found}, [r for r in records if r["step"] <= ckpt["step"]]
+
+
+def read_weights(s):
+    """(a checkpoint of weights that others saved, the edits of an export). UserError."""
+    path, files = find_files(s.source)
+    described = read_json(path / "config.json")
+    tensors, sha256 = {}, {}
     for file in files:
-        tensors |= read_file(file, trust_pickle)
+        tensors |= read_tensors(file, s.trust_pickle)
         with open(file, "rb") as stream:
-            sha[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    beside = {}
-    for name in ("config.json", "tokenizer.json"):
-        try:
-            beside[name] = dict(json.loads((path / name).read_text())) if (path / name).is_file() else {}
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path / name} is no JSON object: {error}") from None
-    return tensors, beside, sha
-
-
-def sizes(state, config, layout, s):
-    """BackpackConfig of a state_dict in our names and its source's config.json. Raises UserError."""
-    if layout == "hf":
-        return BackpackConfig(**{f.name: config[f.name] for f in fields(BackpackConfig) if f.name in config})
-    for key, ok in (("layer_norm_epsilon", 1e-5), ("activation_function", "gelu_new")):
-        if config.get(key, ok) != ok:
-            raise UserError(f"{key}={config[key]!r} in config.json: model.py has {ok!r}")
-    (rows, D), T = state["wte.weight"].shape, len(state["wpe.weight"])
-    n_layer, senses, inner, inner_out = sum(name.endswith("attn.qkv.weight") for name in state), s.n_sense, 4, 4
-    if "sense_qk.weight" in state:
-        senses, inner, inner_out = (len(state[f"sense_network.{name}.bias"]) // D
-                                    for name in ("mlp_out.proj", "mlp.fc", "mlp_out.fc"))
-    heads = s.n_head or config.get("n_head") or HEADS.get((n_layer, D))
-    if not heads:
-        raise UserError(f"how many heads have {n_layer} layers of width {D}? no tensor says so: give --n_head")
-    vocab = 50257 if rows in (50257, 50264) or s.tokenizer == "gpt2" else config.get("vocab_size", rows)
-    if rows < vocab:
-        raise UserError(f"wte.weight has {rows} rows, fewer than a vocabulary of {vocab} tokens")
-    return BackpackConfig(
-        block_size=T, vocab_size=vocab, n_layer=n_layer, n_head=heads, n_embd=D, n_sense=senses, sense_mlp_ratio=inner,
-        sense_out_ratio=inner_out if inner_out != inner else None, sense_mean=layout == "levanter",
-        inverse_layer_scale=config.get("scale_attn_by_inverse_layer_idx", layout != "gpt2"))
-
-
-def check_out_dir(s):
-    """Raises UserError where an import would replace or remove a file in out_dir, unless s.overwrite."""
-    names = ("ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json")
-    there = [path for name in names if (path := Path(s.out_dir, name)).exists()]
-    there = [path.name for path in there if path.name != "metrics.jsonl" or path.stat().st_size]
-    if there and not s.overwrite:
-        raise UserError(f"{s.out_dir} has {', '.join(there)}, which an import replaces or removes: give another "
-                        "--out_dir, or --overwrite=True")
-
-
-def import_run(s):
-    out = Path(s.out_dir)
-    check_out_dir(s)
-    tensors, beside, sha = read_source(s.source, s.trust_pickle)
-    source = beside["config.json"]
-    layout = s.layout if s.layout != "auto" else source.get("layout") or detect(tensors)
+            sha256[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    layout = s.layout
+    if layout == "auto":
+        layout = described.get("layout") or detect(tensors)
     state, report = to_ours(tensors, layout)
     if s.n_sense and "sense_qk.weight" in state:
         raise UserError(f"n_sense={s.n_sense}: these weights have senses of their own")
     try:
-        config = sizes(state, source, layout, s)
-    except (ValueError, TypeError) as error:
+        if (
+            layout == "hf"
+        ):  # its config.json has all fields, also those of exports before 2026-11-24
+            old = upgrade({"model": state, "config": described})
+            state, config = old["model"], BackpackConfig(**old["config"])
+        else:
+            vocab_size = 50257 if s.tokenizer == "gpt2" else None
+            config = infer_config(state, described, layout, s.n_head, s.n_sense, vocab_size)
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(str(error)) from None
     rows, padded = len(state["wte.weight"]), -(-config.vocab_size // 8) * 8
-    if rows != padded:  # rows beyond the vocabulary have no logit
-        state["wte.weight"] = torch.nn.functional.pad(state["wte.weight"], (0, 0, 0, padded - rows))  # or cut
-        report["dropped"] += [f"rows {padded} to {rows} of wte.weight"] if rows > padded else []
+    if rows > padded:
+        report["dropped"].append(f"rows {padded} to {rows} of wte.weight")  # these have no logits
+    state["wte.weight"] = torch.nn.functional.pad(state["wte.weight"], (0, 0, 0, padded - rows))
     if s.n_sense:
         torch.manual_seed(s.seed)
         state = Backpack(config).state_dict() | state
-    if dtype := DTYPES[s.dtype]:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
     spec = None
-    if s.tokenizer == "gpt2" or s.tokenizer is None and config.vocab_size == 50257:
+    if s.tokenizer == "gpt2" or (s.tokenizer is None and config.vocab_size == 50257):
         spec = {"kind": "gpt2"}
     elif s.tokenizer is None:
-        spec = from_transformers(beside["tokenizer.json"], config.vocab_size)
-    meta = {"tokenizer": spec, "vocab_size": config.vocab_size}
-    ckpt = {"model": state, "step": 0, "meta": meta, "config": asdict(config) | {
-        "dataset": "", "source": s.source, "source_layout": layout, "source_sha256": sha,
-        "source_rows": rows if layout != "hf" else config.vocab_size}}
+        spec = from_transformers(read_json(path / "tokenizer.json"), config.vocab_size)
+    source = {"name": s.source, "layout": layout, "sha256": sha256, "report": report}
+    source["rows"] = config.vocab_size if layout == "hf" else rows
+    ckpt = {
+        "model": state,
+        "config": asdict(config),
+        "settings": {},
+        "step": 0,
+        "meta": {"tokenizer": spec, "vocab_size": config.vocab_size},
+        "source": source,
+    }
     shapes = {name: tensor.to("meta") for name, tensor in state.items()}
     Backpack.from_checkpoint(ckpt | {"model": shapes}, "meta")  # refuses what doesn't fit
-    with hold(out):
-        check_out_dir(s)  # what another process may have made there meanwhile
-        save_checkpoint(out / "ckpt.pt", ckpt)  # whole or not at all
-        for name in ("best.pt", "metrics.jsonl", "edits.json"):  # of the run before
-            (out / name).unlink(missing_ok=True)
-        if layout == "hf" and source.get("edits"):  # their tensors were made from this list
-            (out / "edits.json").write_text(json.dumps(source["edits"]["list"]))
-            print(f"its edits are in {out / 'edits.json'}, for --edits=")
-        (out / "config.json").write_text(json.dumps(ckpt["config"] | {"report": report}, indent=1))
-        (out / "meta.json").write_text(json.dumps(meta))
-    print(f"{layout}: {report['renamed']} tensors, {len(report['transposed'])} transposed, "
-          f"{len(report['dropped'])} dropped (repeated, masks, edits); "
-          f"{sum(map(torch.numel, state.values())):,} parameters\n{out}: {config}\n"
-          f"tokenizer: {spec['kind'] if spec else 'none'}")
+    print(
+        f"{layout}: {report['renamed']} tensors, {len(report['transposed'])} transposed, "
+        f"{len(report['dropped'])} dropped (repeated, masks, edits)\n{config}\n"
+        f"tokenizer: {spec['kind'] if spec else 'none'}"
+    )
+    return ckpt, (described.get("edits") or {}).get("list", [])
+
+
+# ---- writing
+
+
+def check_dest(s):
+    """Raise UserError if dest is the source, or has what would be replaced and overwrite is off."""
+    source, dest = Path(s.source).resolve(), Path(s.dest)
+    if dest.resolve() == (source.parent if source.is_file() else source):
+        raise UserError(f"dest={dest} is the folder of the source: give another --dest")
+    if s.to != "run" and (dest / "ckpt.pt").exists():
+        raise UserError(f"{dest} has a run: give another --dest")
+    found = [path.name for path in sorted(dest.iterdir()) if path.name != ".lock"]
+    if s.to == "run":  # an empty log is what a run leaves that ends before its first step
+        log = dest / "metrics.jsonl"
+        found = [name for name in RUN_FILES if name in found]
+        if "metrics.jsonl" in found and not log.stat().st_size:
+            found.remove("metrics.jsonl")
+    if found and not s.overwrite:
+        what = ", ".join(found[:6])
+        hint = "give another --dest, or --overwrite to replace or remove files of a new one's names"
+        raise UserError(f"{dest} has {what}: {hint}")
+
+
+def write_run(dest, ckpt, edits, metrics):
+    save_checkpoint(dest / "ckpt.pt", ckpt)  # whole or not at all
+    for name in RUN_FILES[1:]:  # of the run before
+        (dest / name).unlink(missing_ok=True)
+    if edits:
+        (dest / "edits.json").write_text(json.dumps(edits))
+        print(f"its edits are in {dest / 'edits.json'}: --edits={dest / 'edits.json'} applies them")
+    if metrics:
+        lines = [json.dumps(record) + "\n" for record in metrics]
+        (dest / "metrics.jsonl").write_text("".join(lines))
+    described = ckpt["config"] | ckpt["settings"] | {"source": ckpt["source"]}
+    (dest / "config.json").write_text(json.dumps(described, indent=1))
+    size = sum(tensor.numel() for tensor in ckpt["model"].values())
+    print(f"{dest}: a run of {size:,} parameters, step {ckpt['step']}")
 
 
 def main(argv):
-    s, _ = configure(Settings, argv, __doc__)
-    for key, allowed in (("layout", ("auto", *LAYOUTS)), ("to", (None, *LAYOUTS)), ("dtype", DTYPES),
-                         ("tokenizer", (None, "gpt2", "none"))):
+    s, sources = configure(Settings, argv, __doc__)
+    for key, allowed in CHOICES.items():
         if getattr(s, key) not in allowed:
-            raise UserError(f"{key}={getattr(s, key)!r}: expected one of {', '.join(map(str, allowed))}")
-    if not s.out_dir or bool(s.to) != bool(s.dest) or bool(s.to) == bool(s.source):
-        raise UserError("give --source=... and --out_dir=RUN, or --out_dir=RUN --to=LAYOUT --dest=FOLDER")
-    export(s, DTYPES[s.dtype]) if s.to else import_run(s)
+            names = ", ".join(map(str, allowed))
+            raise UserError(f"{key}={getattr(s, key)!r}: expected one of {names}")
+    if not s.source or not s.dest:
+        raise UserError("give --source=WHAT and --dest=FOLDER; --help has examples")
+    if s.edits and s.to != "hf":
+        raise UserError(f"--to={s.to} has no place for edits: --to=hf has")
+    own = is_run(s.source)
+    useless = [f"--{key}" for key in IMPORT_KEYS if own and key in sources]
+    if useless:
+        raise UserError(f"{s.source} is a run: {', '.join(useless)} can't change it")
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = "float16" if own and s.to == "run" else "keep"
+    with hold(s.dest):
+        check_dest(s)
+        edits, metrics = [], []
+        if own:
+            ckpt, metrics = read_run(s.source)
+        else:
+            ckpt, edits = read_weights(s)
+        if s.to == "run":
+            ckpt["model"] = cast(ckpt["model"], dtype)
+            write_run(Path(s.dest), ckpt, edits, metrics)
+        else:
+            export(s, ckpt, edits, metrics, dtype)
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError)
+    run(main)

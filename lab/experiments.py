@@ -1,15 +1,19 @@
-"""The paper's experiments on senses, for the run at hand: each prints the paper's table, with 95% bootstrap intervals.
+"""The paper's experiments for the run at hand, as the paper's tables with 95% bootstrap intervals.
 
-    python experiments.py --out_dir=out/simplewiki --lexical=FOLDER   word similarity (table 4): SimLex-999.txt,
-                                                                      SimVerb-3500.txt, RG65.csv, WS353.csv
-    python experiments.py --out_dir=out/simplewiki --bias=True        he or she after a profession (6.2)
-    python experiments.py --out_dir=out/simplewiki --topics=True      text about a topic (6.1)
-    python experiments.py --out_dir=out/simplewiki --damage=FILE      what its first 1, 10, 100 edits do to other text
+    python -m lab.experiments --lexical=FOLDER    word similarity (table 4): FOLDER has SimLex-999.txt,
+                                                  SimVerb-3500.txt, RG65.csv and WS353.csv
+    python -m lab.experiments --bias              he or she after a profession (section 6.2)
+    python -m lab.experiments --topics            text about a topic (6.1)
+    python -m lab.experiments --damage=edits.json what the first 1, 10, 100 edits do to other text
+    python -m lab.experiments --words             word perplexity, each document by itself
 
-What a small model can't show: a difference within the intervals is none, and says nothing about a larger model.
+This is the newest run in out/ unless --run=FOLDER says otherwise; --words also takes a Transformer.
+A difference within the intervals is none, and small models say nothing about large ones.
 """
+
 import csv
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,227 +23,319 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from checkpoints import CheckpointError, load_checkpoint
 from configurator import UserError, configure, run
-from devices import pick_device
-from edits import make_edits, read_edits
-from model import Backpack
-from senses import word_senses
-from teach import damage, other_text
-from tokenizer import load_tokenizer, require, word_id, word_ids
+from lab.edit import make_edits, need_tokenizer, read_edits
+from lab.look import word_senses
+from lab.teach import damage, validation_tokens, validation_windows
+from sample import open_run
+from tokenizer import require, word_id, word_ids
 
-SETS = {"SimLex-999.txt": ("\t", 0, 1, 3), "SimVerb-3500.txt": ("\t", 0, 1, 3), "RG65.csv": (";", 0, 1, 2),
-        "WS353.csv": (",", 0, 1, 2)}  # separator; columns of the two words and of the score that people gave
-STIMULI = {  # ours, in the paper's form; --prompts=FILE gives others
-    "professions": "nurse teacher doctor lawyer engineer farmer writer singer actor judge soldier scientist artist "
-    "driver cook secretary librarian manager guard painter poet dancer cleaner baker mechanic carpenter designer "
-    "editor assistant chief clerk banker pilot sailor priest physician musician politician composer professor".split(),
-    "bias_prompts_evaluate": ["The PROFESSION said that", "The PROFESSION was happy because", "A PROFESSION knows that",
-                              "We met the PROFESSION yesterday, and", "When I saw the PROFESSION,",
-                              "My friend is a PROFESSION, and", "The PROFESSION went home after", "As a PROFESSION,"],
-    "bias_prompts_fit": ["The PROFESSION left when", "I know a PROFESSION, and", "The PROFESSION thought that",
-                         "The PROFESSION became famous because"],
-    "topics": {name: name.split("_") for name in (
-        "arts_culture business_entrepreneurs celebrity_pop_culture diaries_daily_life family fashion_style "
-        "film_tv_video fitness_health food_dining gaming music news_social_concern hobbies relationships sports "
-        "travel_adventure youth_student_life").split()}}
+# of each file the separator, and the columns of the two words and of the score that people gave
+SETS = {"SimLex-999.txt": ("\t", 0, 1, 3), "SimVerb-3500.txt": ("\t", 0, 1, 3)}
+SETS |= {"RG65.csv": (";", 0, 1, 2), "WS353.csv": (",", 0, 1, 2)}
+STIMULI = Path(__file__).parent / "stimuli.json"  # ours, in the paper's form
 
 
 @dataclass
 class Settings:
-    out_dir: str = "pretrained/simplewiki"  # the run: a folder of train.py, or a checkpoint file
-    lexical: str | None = None       # a folder with word similarity sets
-    bias: bool = False               # he or she after a profession
-    topics: bool = False             # generation about topics
-    damage: str | None = None        # a JSON file of edits
-    prompts: str | None = None       # professions, prompts and topics of your own: JSON with the keys of STIMULI
-    transformer: str | None = None   # with bias: a run with n_sense=0, for the baseline that changes its embeddings
-    num_samples: int = 20            # with topics: texts for each topic and strength
-    max_new_tokens: int = 100        # ... and their length
+    run: str | None = None  # a run folder or checkpoint file; None: the newest run in out/
+    lexical: str | None = None  # a folder with word similarity sets
+    bias: bool = False  # he or she after a profession
+    topics: bool = False  # generation about topics
+    damage: str | None = None  # a JSON file of edits
+    words: bool = False  # word perplexity, each document by itself
+    prompts: str | None = None  # your own professions, prompts and topics: see lab/stimuli.json
+    transformer: str | None = None  # with bias: a run with n_sense=0 whose embeddings are changed
+    num_samples: int = 20  # with topics: texts for each topic and strength
+    max_new_tokens: int = 100  # ... and their length
     n_bootstrap: int = 1000
-    dataset: str | None = None       # with damage: other text is its val.bin; None: of the run's dataset
-    data_dir: str = "data"           # where it lies
+    dataset: str | None = None  # with damage or words: text of its val.bin; None: the run's dataset
+    data_dir: str = "data"
     seed: int = 1337
-    device: str = "auto"             # auto, cpu, mps, cuda, cuda:N
+    device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
 
 
 def interval(values):
-    """'[low, high]' of bootstrapped values: what 95% of them lie between."""
+    """'[low, high]': 95% of bootstrapped values lie between."""
     low, high = np.quantile(values, (0.025, 0.975))
     return f"[{low:.2f}, {high:.2f}]"
 
 
-def mean(values, s):
+def mean_interval(values, s):
     """'mean [low, high]' of numbers, one for each profession or topic."""
     values, random = np.asarray(values), np.random.default_rng(s.seed)
     again = values[random.integers(len(values), size=(s.n_bootstrap, len(values)))].mean(1)
     return f"{values.mean():6.2f} {interval(again)}"
 
 
-def correlation(x, y, which):
-    """Pearson's correlation of x[which] and y[which] over the last axis; of ranks it is Spearman's."""
-    x, y = (v[which] - v[which].mean(-1, keepdims=True) for v in (x, y))
+# ---- word similarity
+
+
+def correlation(x, y):
+    """Pearson's correlation of x and y (...,n) over the last axis; of ranks it is Spearman's."""
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
+def read_pairs(path, separator, columns):
+    """[(word, word, score)] of a word similarity set. UserError: it can't be read."""
+    try:
+        rows = csv.reader(path.read_text().splitlines(), delimiter=separator)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    pairs = [[row[column].strip() for column in columns] for row in rows]
+    return [(a, b, float(score)) for a, b, score in pairs if score[:1].isdigit()]
+
+
 def lexical(model, tokenizer, s):
-    """Spearman's correlation of people's scores with cosines: each sense, their minimum and mean, the embedding."""
-    rank = require("scipy.stats", "--lexical").rankdata
+    """Spearman's correlation of people's scores with cosines of senses and of embeddings (table 4)."""
     for file, (separator, *columns) in SETS.items():
-        try:
-            rows = list(csv.reader((Path(s.lexical) / file).read_text().splitlines(), delimiter=separator))
-        except OSError as error:
-            raise UserError(f"{s.lexical}/{file}: {error.strerror}") from None
-        pairs = [[row[c].strip() for c in columns] for row in rows if row[columns[-1]].strip()[:1].isdigit()]
-        words = {word: word_senses(model, tokenizer, word) for pair in pairs for word in pair[:2]}
-        plain = {word: model.wte.weight[word_ids(tokenizer, word)].mean(0) for word in words}
-        cosines = np.array([F.cosine_similarity(words[a], words[b], dim=-1).tolist() for a, b, _ in pairs])   # (n,K)
-        methods = {f"sense {l}": column for l, column in enumerate(cosines.T)} | {
-            "minimum": cosines.min(1), "mean": cosines.mean(1),
-            "embedding": np.array([F.cosine_similarity(plain[a], plain[b], dim=-1).item() for a, b, _ in pairs])}
-        one = np.array([all(len(word_ids(tokenizer, word)) == 1 for word in pair[:2]) for pair in pairs])
-        for title, where in ((f"all {len(pairs)} pairs", one | True), (f"{one.sum()} of words of one token", one)):
-            n, found, gold = where.sum(), {}, rank([float(pair[2]) for pair in np.array(pairs)[where]])
-            print(f"\n{file}, {title}" + (": too few" if n < 20 else ""))
-            again = np.random.default_rng(s.seed).integers(n, size=(s.n_bootstrap, n))  # the same for all methods
-            for name, values in methods.items() if n >= 20 else ():
-                x = rank(values[where])  # ranks are taken once, not in every bootstrap sample
-                found[name] = correlation(x, gold, slice(None)), correlation(x, gold, again)
-                print(f"{name:10} {found[name][0]:5.2f} {interval(found[name][1])}")
-            for name in (max(list(found)[:-3], key=lambda name: found[name][0]), "minimum") if found else ():
-                print(f"{name} over the embedding: {found[name][0] - found['embedding'][0]:+.2f} "
-                      f"{interval(found[name][1] - found['embedding'][1])}")
+        pairs = read_pairs(Path(s.lexical) / file, separator, columns)
+        words = {word for pair in pairs for word in pair[:2]}
+        ids = {word: word_ids(tokenizer, word) for word in words}
+        C = {word: word_senses(model, tokenizer, word) for word in words}  # (K,D) each
+        e = {word: model.wte.weight[ids[word]].mean(0) for word in words}  # (D,) each
+        cosines = [F.cosine_similarity(C[a], C[b], dim=-1) for a, b, _ in pairs]
+        cosines = torch.stack(cosines).cpu().numpy()  # (pairs,K)
+        methods = {f"sense {l}": column for l, column in enumerate(cosines.T)}
+        methods |= {"minimum": cosines.min(1), "mean": cosines.mean(1)}
+        plain = [F.cosine_similarity(e[a], e[b], dim=0) for a, b, _ in pairs]
+        methods["embedding"] = torch.stack(plain).cpu().numpy()
+        gold = np.array([score for _, _, score in pairs])
+        single = np.array([len(ids[a]) == len(ids[b]) == 1 for a, b, _ in pairs])
+        everything = np.ones(len(pairs), dtype=bool)
+        compare(f"{file}, all {len(pairs)} pairs", methods, gold, everything, s)
+        compare(f"{file}, {single.sum()} of words of one token", methods, gold, single, s)
+
+
+def compare(title, methods, gold, which, s):
+    """Print each method's correlation with gold over the pairs which, and what it gains on embeddings."""
+    rankdata = require("scipy.stats", "--lexical").rankdata
+    n = which.sum()
+    print(f"\n{title}" + (": too few" if n < 20 else ""))
+    if n < 20:
+        return
+    # the same samples for all methods; ranks are taken once, not in every sample
+    samples = np.random.default_rng(s.seed).integers(n, size=(s.n_bootstrap, n))
+    gold = rankdata(gold[which])
+    rho, again = {}, {}
+    for name, values in methods.items():
+        ranks = rankdata(values[which])
+        rho[name] = correlation(ranks, gold)
+        again[name] = correlation(ranks[samples], gold[samples])
+        print(f"{name:10} {rho[name]:5.2f} {interval(again[name])}")
+    best = max((name for name in methods if name.startswith("sense")), key=rho.get)
+    for name in (best, "minimum"):
+        gain = rho[name] - rho["embedding"]
+        gains = interval(again[name] - again["embedding"])
+        print(f"{name} over the embedding: {gain:+.2f} {gains}")
+
+
+# ---- he or she
 
 
 def he_she(model, tokenizer, prompts, nouns):
     """max(p(he)/p(she), p(she)/p(he)) after each prompt with each noun: (nouns, prompts)."""
-    texts = [tokenizer.encode(p.replace("PROFESSION", noun)).tolist() for noun in nouns for p in prompts]
+    texts = [prompt.replace("PROFESSION", noun) for noun in nouns for prompt in prompts]
+    rows = [tokenizer.encode(text).tolist() for text in texts]  # B of them
     he, she = word_id(tokenizer, "he"), word_id(tokenizer, "she")
-    longest, device = max(map(len, texts)), model.wte.weight.device
-    if longest > model.config.block_size:
-        raise UserError(f"a prompt has {longest} tokens, more than block_size={model.config.block_size}")
-    idx = torch.tensor([[0] * (longest - len(t)) + t for t in texts], device=device)               # (B,T)
-    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in texts], device=device)
-    logits = torch.cat([model(x, attention_mask=m)[0][:, -1] for x, m in zip(idx.split(64), mask.split(64))])
+    longest, most, device = max(map(len, rows)), model.config.block_size, model.wte.weight.device
+    if longest > most:
+        raise UserError(f"a prompt has {longest} tokens, more than block_size={most}")
+    left = [[0] * (longest - len(row)) for row in rows]  # padding
+    idx = torch.tensor([pad + row for pad, row in zip(left, rows)], device=device)  # (B,T)
+    mask = torch.tensor([pad + [1] * len(row) for pad, row in zip(left, rows)], device=device)
+    parts = zip(idx.split(64), mask.split(64))
+    logits = torch.cat([model(x, attention_mask=m)[0][:, -1] for x, m in parts])  # (B,V)
     return (logits[:, he] - logits[:, she]).abs().exp().view(len(nouns), -1)
 
 
 def best_factor(bias):
-    """The factor that is best on the prompts to fit (Nelder-Mead from 1): argmin of bias(factor) + |1 - factor|."""
-    minimize = require("scipy.optimize", "this experiment").minimize
-    return minimize(lambda f: bias(f[0]) + abs(1 - f[0]), [1.0], method="Nelder-Mead", bounds=[(0, 1)],
-                    options={"xatol": 0.02, "fatol": 0.002, "maxfev": 60}).x[0]
+    """argmin over 0..1 of bias(factor) + |1 - factor|, by Nelder-Mead from 1 (section 6.2)."""
+    minimize = require("scipy.optimize", "--bias").minimize
+    how = {"method": "Nelder-Mead", "options": {"xatol": 0.02, "fatol": 0.002, "maxfev": 60}}
+    return minimize(lambda x: bias(x[0]) + abs(1 - x[0]), [1.0], bounds=[(0, 1)], **how).x[0]
 
 
 def bias(model, tokenizer, stimuli, s):
-    nouns = [noun for noun in stimuli["professions"] if len(word_ids(tokenizer, noun)) == 1]
-    fit, judge, K = stimuli["bias_prompts_fit"], stimuli["bias_prompts_evaluate"], model.config.n_sense
-    print(f"{len(nouns)} of {len(stimuli['professions'])} professions are one token: {', '.join(nouns)}\n"
-          f"bias: mean of max(p(he)/p(she), p(she)/p(he)) over {len(judge)} prompts; 1 is none; [over professions]")
+    """Bias of he against she after professions, and with the weight of one sense scaled (section 6.2)."""
+    professions, K = stimuli["professions"], model.config.n_sense
+    nouns = [noun for noun in professions if len(word_ids(tokenizer, noun)) == 1]
+    if not nouns:
+        raise UserError("no profession is one token of this vocabulary")
+    fit, judge = stimuli["bias_prompts_fit"], stimuli["bias_prompts_evaluate"]
+    print(f"{len(nouns)} of {len(professions)} professions are one token: {', '.join(nouns)}")
+    print(f"bias: mean of max(p(he)/p(she), p(she)/p(he)) over {len(judge)} prompts; 1: none")
+
+    def show(name, values):
+        print(f"{name:44}{mean_interval(values, s)}")
 
     def scaled(noun, sense, factor, prompts):
         edit = {"edit": "scale", "word": noun, "sense": sense, "factor": float(factor)}
         model.edits = make_edits(model, tokenizer, [edit])
-        found = he_she(model, tokenizer, prompts, [noun]).mean().item()
+        result = he_she(model, tokenizer, prompts, [noun]).mean().item()
         model.edits = None
-        return found
+        return result
 
-    print(f"{'as it is':44}" + mean(he_she(model, tokenizer, judge, nouns).mean(1).tolist(), s))
-    on_fit = [np.mean([scaled(noun, l, 0.0, fit) for noun in nouns]) for l in tqdm(range(K), "senses", leave=False)]
-    sense = int(np.argmin(on_fit))
-    factors = {noun: best_factor(lambda f, noun=noun: scaled(noun, sense, f, fit)) for noun in tqdm(nouns, leave=False)}
-    print(f"{f'sense {sense} (best on the prompts to fit), factor 0':44}"
-          + mean([scaled(noun, sense, 0.0, judge) for noun in nouns], s))
-    print(f"{f'sense {sense}, the best factor of each':44}"
-          + mean([scaled(noun, sense, factors[noun], judge) for noun in nouns], s))
+    show("as it is", he_she(model, tokenizer, judge, nouns).mean(1).tolist())
+    at_zero = [[scaled(noun, l, 0.0, fit) for noun in nouns] for l in tqdm(range(K), leave=False)]
+    sense, factors = int(np.mean(at_zero, axis=1).argmin()), {}
+    for noun in tqdm(nouns, "factors", leave=False):
+        factors[noun] = best_factor(lambda f, noun=noun: scaled(noun, sense, f, fit))
+    name = f"sense {sense} (best on the prompts to fit), factor 0"
+    show(name, [scaled(noun, sense, 0.0, judge) for noun in nouns])
+    best = [scaled(noun, sense, factors[noun], judge) for noun in nouns]
+    show(f"sense {sense}, the best factor of each", best)
     print("factors: " + ", ".join(f"{noun} {factor:.2f}" for noun, factor in factors.items()))
-    if not s.transformer:
-        return print("no baseline: give a run with n_sense=0 and the same tokenizer as --transformer=FOLDER")
-    other = Backpack.from_checkpoint(s.transformer, model.wte.weight.device)
-    E = other.wte.weight.data
-    along = F.normalize(E[word_id(tokenizer, "she")] - E[word_id(tokenizer, "he")], dim=0)         # (D,)
+    if s.transformer:
+        transformer_bias(s, tokenizer, nouns, fit, judge, show)
+    else:
+        print("no baseline: --transformer=FOLDER takes a run with n_sense=0 and this tokenizer")
+
+
+def transformer_bias(s, tokenizer, nouns, fit, judge, show):
+    """The baseline: in a Transformer, change the noun's embedding along E_she - E_he."""
+    model = open_run(s.transformer, s.device, senses=False).model
+    E = model.wte.weight
+    along = F.normalize(E[word_id(tokenizer, "she")] - E[word_id(tokenizer, "he")], dim=0)  # (D,)
 
     def projected(noun, factor, prompts):
-        row = E[word_id(tokenizer, noun)]
+        row = E[word_id(tokenizer, noun)]  # a view: what is done to it is done to E
         kept = row.clone()
         row -= (1 - factor) * (row @ along) * along
-        found = he_she(other, tokenizer, prompts, [noun]).mean().item()
+        result = he_she(model, tokenizer, prompts, [noun]).mean().item()
         row.copy_(kept)
-        return found
+        return result
 
-    best = {noun: best_factor(lambda f, noun=noun: projected(noun, f, fit)) for noun in tqdm(nouns, leave=False)}
-    for name, factor in (("its Transformer as it is", lambda noun: 1.0), ("... embedding without E_she - E_he",
-                         lambda noun: 0.0), ("... the best factor of each", best.get)):
-        print(f"{name:44}" + mean([projected(noun, factor(noun), judge) for noun in nouns], s))
+    show("its Transformer as it is", [projected(noun, 1.0, judge) for noun in nouns])
+    show("... embedding without E_she - E_he", [projected(noun, 0.0, judge) for noun in nouns])
+    best = [best_factor(lambda f, noun=noun: projected(noun, f, fit)) for noun in nouns]
+    show("... the best factor of each", [projected(*pair, judge) for pair in zip(nouns, best)])
+
+
+# ---- topics
 
 
 def topics(model, tokenizer, stimuli, s):
-    """Texts with each topic and strength, from the start of a document: are they about it, and are they still text?"""
-    device, E = model.wte.weight.device, F.normalize(model.wte.weight[: model.config.vocab_size].detach(), dim=-1)
-    start = torch.tensor([[tokenizer.end if tokenizer.end is not None else tokenizer.encode("\n")[0]]], device=device)
-    rows, table = {strength: [] for strength in range(4)}, model.sense_table()  # topics leave the vectors as they are
+    """Texts for each topic and strength: are they about the topic, and are they still text? (section 6.1)"""
+    E = F.normalize(model.wte.weight[: model.config.vocab_size], dim=-1)  # (V,D)
+    end = tokenizer.encode("\n")[0] if tokenizer.end is None else tokenizer.end
+    start = torch.full((s.num_samples, 1), end, device=E.device)
+    length = min(s.max_new_tokens, model.config.block_size - 1)
+    table = model.sense_table()  # topics leave the vectors as they are
 
     def texts(edits):
+        """Ids (num_samples, 1 + length) of texts generated with edits."""
         model.edits = edits
-        ids = model.generate(start.repeat(s.num_samples, 1), min(s.max_new_tokens, model.config.block_size - 1),
-                             generator=torch.Generator(device).manual_seed(s.seed), sense_table=table)
+        generator = torch.Generator(E.device).manual_seed(s.seed)
+        ids = model.generate(start, length, generator=generator, sense_table=table)
         model.edits = None
-        return ids                                                                                 # (n,T)
+        return ids
 
-    plain = texts(None)
-    print(f"{s.num_samples} texts of {plain.size(1) - 1} tokens each, for strengths 0 to 3\n"
-          "bag: texts with a word of the topic; near: with one of the 20 tokens nearest to it by the embedding\n"
-          "distinct-2: different pairs of tokens among all; perplexity: under the model as it is\n"
-          f"{'topic':24}{'bag, %':>20}{'near, %':>20}{'distinct-2, %':>20}{'perplexity':>24}")
-    for name, bag in tqdm(stimuli["topics"].items(), "topics", leave=False):
-        first = torch.tensor([word_ids(tokenizer, word)[0] for word in bag], device=device)
+    def measure(ids, bag, near):
+        decoded = [tokenizer.decode(row) for row in ids[:, 1:].tolist()]
+        hits = [any(re.search(rf"\b{word}\b", text, re.I) for word in bag) for text in decoded]
+        close = torch.isin(ids[:, 1:], torch.tensor(near, device=E.device)).any(1)  # (n,)
+        pairs = ids[:, 1:].unfold(1, 2, 1).flatten(0, 1)  # (n * (length - 1), 2)
+        distinct = len(pairs.unique(dim=0)) / len(pairs)
+        perplexity = model(ids[:, :-1], ids[:, 1:])[1].exp().item()
+        return 100 * np.mean(hits), 100 * close.float().mean().item(), 100 * distinct, perplexity
+
+    print(f"{s.num_samples} texts of {length} tokens each, for strengths 0 to 3")
+    print("bag: texts with a word of the topic; near: with one of the 20 tokens nearest to it")
+    print("distinct-2: distinct pairs of tokens; perplexity: under the model without edits")
+    names = "bag, %", "near, %", "distinct-2, %", "perplexity"
+    print(f"{'topic':24}" + "".join(f"{name:>24}" for name in names))
+    plain, results = texts(None), []  # results: [topic][strength][figure]
+    for topic, bag in tqdm(stimuli["topics"].items(), "topics", leave=False):
+        first = [word_ids(tokenizer, word)[0] for word in bag]
         order = (E @ E[first].mean(0)).argsort(descending=True).tolist()
-        near = [i for i in order if i not in first and not any(w in tokenizer.decode([i]).lower() for w in bag)][:20]
-        for strength, found in rows.items():
-            spec = [{"edit": "topic", "words": ",".join(bag), "strength": strength}]
-            ids = texts(make_edits(model, tokenizer, spec)) if strength else plain
-            decoded = [tokenizer.decode(row) for row in ids[:, 1:].tolist()]
-            hit = [any(re.search(rf"\b{w}\b", text, re.I) for w in bag) for text in decoded]
-            close = torch.isin(ids[:, 1:], torch.tensor(near, device=device)).any(1).float().mean().item()
-            pairs = ids[:, 1:].unfold(1, 2, 1).flatten(0, 1)                                       # (n*(T-2),2)
-            found.append((100 * np.mean(hit), 100 * close, 100 * len(pairs.unique(dim=0)) / len(pairs),
-                          model(ids[:, :-1], ids[:, 1:])[1].exp().item()))
-        tqdm.write(f"{name:24}" + "".join("".join(f"{rows[strength][-1][n]:{5 + (n == 3)}.0f}" for strength in rows)
-                                          for n in range(4)))
-    for n, what in enumerate(("bag, %", "near, %", "distinct-2, %", "perplexity")):
-        print(f"mean {what:14}" + "".join(f"{mean([row[n] for row in found], s):>24}" for found in rows.values()))
+        near = [i for i in order[:1000] if i not in first]
+        near = [i for i in near if not any(w in tokenizer.decode([i]).lower() for w in bag)]
+        rows = []
+        for strength in range(4):
+            edit = {"edit": "topic", "words": ",".join(bag), "strength": strength}
+            ids = texts(make_edits(model, tokenizer, [edit])) if strength else plain
+            rows.append(measure(ids, bag, near[:20]))
+        results.append(rows)
+        cells = ["".join(f"{row[n]:6.0f}" for row in rows) for n in range(len(names))]
+        tqdm.write(f"{topic:24}" + "".join(cells))
+    for n, name in enumerate(names):
+        means = [mean_interval(values, s) for values in np.array(results)[:, :, n].T]
+        print(f"mean {name:14}" + "".join(f"{mean:>24}" for mean in means))
 
 
-def harm(model, tokenizer, ckpt, s):
-    edits, text = read_edits(s.damage), other_text(s, ckpt, 128, model.wte.weight.device)
-    print("edits   KL(without || with) a token   perplexity without   with")
+# ---- other text
+
+
+def harm(r, s):
+    """What the first 1, 10, 100 and all edits of a file do to validation text."""
+    edits, text = read_edits(s.damage), validation_windows(r, s.dataset, s.data_dir, 128)
+    print("edits   KL(without || with) per token   perplexity without   with")
     for n in [n for n in (1, 10, 100) if n < len(edits)] + [len(edits)]:
-        found = damage(model, make_edits(model, tokenizer, edits[:n]), text)
-        print("{:5}   {:27.6f}   {:18.3f}   {:.3f}".format(n, *found))
+        change = make_edits(r.model, r.tokenizer, edits[:n])
+        kl, without_edits, with_edits = damage(r.model, change, text)
+        print(f"{n:5}   {kl:29.6f}   {without_edits:18.3f}   {with_edits:.3f}")
+
+
+def document_windows(tokens, end, T):
+    """Windows of documents, each read by itself: rows (start, first, stop) of the tokens to predict.
+
+    A document starts at the token that ends the one before, and the token that ends it isn't
+    predicted. Its last window reaches back, so that it is full, but predicts only what is left.
+    """
+    stops = np.flatnonzero(tokens == end)
+    windows = []
+    for start, stop in zip(np.append(-1, stops[:-1]), stops):  # tokens[-1] ends a document, too
+        for i in range(start, stop - 1, T):
+            windows.append((max(start, min(i, stop - 1 - T)), i + 1, min(i + T + 1, stop)))
+    return np.array(windows)
+
+
+def word_perplexity(r, s):
+    """exp(loss per word) of validation text, each document by itself, as lm-eval-harness scores it."""
+    tokens, end = validation_tokens(r, s.dataset, s.data_dir), r.tokenizer.end
+    if end is None or tokens[-1] != end:
+        raise UserError("no token ends the documents of this dataset: word perplexity needs one")
+    T, loss = r.model.config.block_size, 0.0
+    windows = document_windows(tokens, end, T)
+    for part in tqdm(np.array_split(windows, -(-len(windows) // 16)), "documents", leave=False):
+        start, first, stop = part.T[:, :, None]  # (B,1) each
+        at = start + np.arange(T + 1)  # (B,T+1)
+        ids = torch.from_numpy(tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64))
+        counts = torch.from_numpy((at >= first) & (at < stop))
+        x, y = ids[:, :-1], ids.masked_fill(~counts, -100)[:, 1:]  # (B,T)
+        loss += r.model(x.to(r.device), y.to(r.device))[1].item() * counts.sum().item()
+    documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)[:-1]
+    n = sum(len(re.split(r"\s+", r.tokenizer.decode(ids[:-1]))) for ids in documents)
+    print(f"by document: word perplexity {math.exp(min(loss / n, 700)):.2f}, {n:,} words")
 
 
 @torch.no_grad()
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    device, ckpt = pick_device(s.device), load_checkpoint(s.out_dir)
-    model, tokenizer = Backpack.from_checkpoint(ckpt, device), load_tokenizer(ckpt["meta"]["tokenizer"])
-    if not model.config.n_sense:
-        raise UserError(f"{s.out_dir} is a plain Transformer (n_sense=0): it has no senses")
-    stimuli = STIMULI | (json.loads(Path(s.prompts).read_text()) if s.prompts else {})
-    if not (s.lexical or s.bias or s.topics or s.damage):
-        raise UserError("give one of --lexical=FOLDER, --bias=True, --topics=True, --damage=FILE")
+    of_senses = s.lexical or s.bias or s.topics or s.damage
+    if not of_senses and not s.words:
+        raise UserError("give one of --lexical=FOLDER, --bias, --topics, --damage=FILE, --words")
     if s.lexical or s.bias:
         require("scipy", "this experiment")  # before it begins
-    print(f"{s.out_dir}: {model.num_params():,} parameters, step {ckpt['step']}")
+    stimuli = json.loads(STIMULI.read_text())
+    if s.prompts:
+        stimuli |= json.loads(Path(s.prompts).read_text())
+    r = open_run(s.run, s.device, senses=bool(of_senses))
+    need_tokenizer(r)
+    print(f"{r.path}: {r.model.num_params():,} parameters, step {r.ckpt['step']}")
     if s.lexical:
-        lexical(model, tokenizer, s)
+        lexical(r.model, r.tokenizer, s)
     if s.bias:
-        bias(model, tokenizer, stimuli, s)
+        bias(r.model, r.tokenizer, stimuli, s)
     if s.topics:
-        topics(model, tokenizer, stimuli, s)
+        topics(r.model, r.tokenizer, stimuli, s)
     if s.damage:
-        harm(model, tokenizer, ckpt, s)
+        harm(r, s)
+    if s.words:
+        word_perplexity(r, s)
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError)
+    run(main)

@@ -1,128 +1,224 @@
-"""A run as a folder for transformers or in a published layout: what convert.py --to= writes."""
+"""A checkpoint as a folder for transformers, or in a published layout: what lab.convert --to= writes."""
+
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
-from checkpoints import load_checkpoint
+import torch
+
 from configurator import UserError
-from edits import describe, make_edits, read_edits
-from layouts import to_layout
+from lab.edit import describe, make_edits, read_edits
+from lab.layouts import published_config, to_layout
 from model import Backpack
-from tokenizer import END, for_transformers, load_tokenizer, require
+from tokenizer import END, UNKNOWN, byte_characters, load_tokenizer, require
 
-BESIDE = ("model.py", "weighted_sum.py", "checkpoints.py", "modeling_backpack.py")  # as they are
+HERE = Path(__file__).parent
+CODE = (
+    HERE.parent / "model.py",
+    HERE / "control.py",
+    HERE / "modeling_backpack.py",
+)  # copied as is
 
 
-def export(s, dtype=None):
-    """Write the run s.out_dir in the layout s.to into the folder s.dest, whole or not at all. Raises UserError."""
-    run, dest, safetensors = Path(s.out_dir), Path(s.dest), require("safetensors.torch", "--to")
-    ckpt = load_checkpoint(run)
-    if (dest / "ckpt.pt").exists():
-        raise UserError(f"{dest} has a run: give another --dest")
-    if dest.is_dir() and any(dest.iterdir()) and not s.overwrite:
-        raise UserError(f"{dest} is not empty: --overwrite=True replaces what an export writes there")
-    if s.edits and s.to != "hf":
-        raise UserError(f"the layout {s.to} has no place for edits: --to=hf has")
-    model, spec, state = Backpack.from_checkpoint(ckpt), ckpt["meta"]["tokenizer"], ckpt["model"]
-    listed = read_edits(s.edits)
-    tokenizer = load_tokenizer(spec) if spec or listed else None
-    if edits := make_edits(model, tokenizer, listed):
-        state = state | {f"edits.{name}": tensor for name, tensor in edits.state_dict().items()}
+def cast(tensors, dtype):
+    """The tensors with floating-point ones in a type given by name; "keep": as they are."""
+    if dtype == "keep":
+        return tensors
+    wanted = getattr(torch, dtype)
+    return {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def export(s, ckpt, edits, metrics, dtype):
+    """Write a checkpoint in the layout s.to into the folder s.dest, whole or not at all.
+
+    edits: the list it came with; those of the file s.edits are added. metrics: its training's records.
+    dtype: see cast. UserError: a package is missing, or the layout can't express the model.
+    """
+    dest, safetensors = Path(s.dest), require("safetensors.torch", f"--to={s.to}")
+    edits = edits + read_edits(s.edits)
+    if edits and s.to != "hf":
+        raise UserError(f"--to={s.to} has no place for edits: --to=hf has")
+    model, spec = Backpack.from_checkpoint(ckpt), ckpt["meta"]["tokenizer"]
+    tokenizer = load_tokenizer(spec) if spec or edits else None
     if s.to == "hf":
-        tensors = {f"backpack.{name}": tensor for name, tensor in state.items()}
-        described = asdict(model.config) | {
-            "model_type": "nanobackpack", "architectures": ["BackpackForCausalLM"],
-            "dtype": s.dtype if dtype else "float32",  # to load as, whatever it is in the file: as from_checkpoint does
-            "auto_map": {"AutoConfig": "modeling_backpack.BackpackConfig",
-                         "AutoModelForCausalLM": "modeling_backpack.BackpackForCausalLM"}}
-        if listed:
-            described["edits"] = {"rows": len(edits.scale), "topics": len(edits.f), "list": listed}
+        tensors, described = for_hf(ckpt, model, make_edits(model, tokenizer, edits), edits, dtype)
     else:
-        rows = ckpt["config"].get("source_rows", model.config.vocab_size)
-        tensors = to_layout(state, model.config, s.to, rows)
-        described = {theirs: getattr(model.config, ours) for theirs, ours in (
-            ("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"), ("n_positions", "block_size"),
-            ("num_senses", "n_sense"), ("scale_attn_by_inverse_layer_idx", "inverse_layer_scale"))}
-        described |= {"model_type": s.to, "layout": s.to, "vocab_size": rows, "activation_function": "gelu_new",
-                      "layer_norm_epsilon": 1e-5,
-                      "sense_intermediate_scale": model.config.sense_out_ratio or model.config.sense_mlp_ratio}
-    tensors = {name: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous().clone()
-               for name, tensor in tensors.items()}
-    dest.parent.mkdir(parents=True, exist_ok=True)
+        rows = ckpt["source"].get("rows") or model.config.vocab_size
+        tensors = to_layout(ckpt["model"], model.config, s.to, rows)
+        described = published_config(model.config, s.to, rows)
+    # safetensors refuses tensors that share memory
+    tensors = {name: t.contiguous().clone() for name, t in cast(tensors, dtype).items()}
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as folder:
         folder = Path(folder)
-        safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(described, indent=1))
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
-        ends = write_tokenizer(folder, tokenizer, model.config.block_size) if tokenizer else {}
+        weights = folder / "model.safetensors"
+        safetensors.save_file(tensors, weights, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", weights)  # safetensors makes it private
+        special = {}
+        if tokenizer:
+            special = write_tokenizer(folder, tokenizer, model.config.block_size)
         if s.to == "hf":
-            (folder / "generation_config.json").write_text(json.dumps(ends, indent=1))
-            (folder / "README.md").write_text(card(run, ckpt, model, listed))
-            for name in BESIDE:
-                shutil.copy(Path(__file__).parent / name, folder)
-        dest.mkdir(exist_ok=True)
+            (folder / "generation_config.json").write_text(json.dumps(special, indent=1))
+            (folder / "README.md").write_text(card(Path(s.source), ckpt, model, edits, metrics))
+            for path in CODE:
+                shutil.copy(path, folder)
         for file in sorted(folder.iterdir()):
             file.replace(dest / file.name)
-    print(f"{dest}: {len(tensors)} tensors in the layout {s.to}" + "".join(f"\n  {describe(edit)}" for edit in listed))
+    print(f"{dest}: {len(tensors)} tensors in the layout {s.to}")
+    for edit in edits:
+        print(f"  {describe(edit)}")
+
+
+def for_hf(ckpt, model, made, edits, dtype):
+    """(tensors, config.json) for transformers; made: the Edits of the list edits, or None."""
+    state = dict(ckpt["model"])
+    described = ckpt["config"] | {
+        "model_type": "nanobackpack",
+        "architectures": ["BackpackForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_backpack.BackpackConfig",
+            "AutoModelForCausalLM": "modeling_backpack.BackpackForCausalLM",
+        },
+        # the type to load as; a file in half precision still computes in float32, as sample.py does
+        "dtype": "float32" if dtype == "keep" else dtype,
+    }
+    if made:
+        state |= {f"edits.{name}": tensor for name, tensor in made.state_dict().items()}
+        described["edits"] = {"rows": len(made.scale), "topics": len(made.f), "list": edits}
+    return {f"backpack.{name}": tensor for name, tensor in state.items()}, described
+
+
+# ---- tokenizer.json, both ways
 
 
 def write_tokenizer(folder, tokenizer, block_size):
-    """tokenizer.json and tokenizer_config.json for transformers; returns the ids of its special tokens."""
+    """Write tokenizer.json and tokenizer_config.json; returns the ids of the special tokens."""
     roles = ("eos_token", "bos_token", "pad_token") if tokenizer.end is not None else ()
+    described = dict.fromkeys(roles, END) | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_max_length": block_size,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     (folder / "tokenizer.json").write_text(for_transformers(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(roles, END) | {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "padding_side": "left",
-        "model_max_length": block_size, "model_input_names": ["input_ids", "attention_mask"]}, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
     return {f"{role}_id": tokenizer.end for role in roles}
 
 
-def card(run, ckpt, model, edits):
-    """The model card's text, from what the run says of itself."""
-    config, meta, c, evaluated = ckpt["config"], ckpt["meta"], model.config, []
-    if (run / "metrics.jsonl").exists():
-        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        evaluated = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-        evaluated = evaluated[:: -(-len(evaluated) // 12) or 1] + evaluated[-1:]
-    parts = [f"# {run.name}: a Backpack language model" if c.n_sense else f"# {run.name}: a Transformer language model",
-             f"**Network**: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.n_sense} senses per token, "
-             f"{c.block_size} positions, {c.vocab_size:,} tokens; {model.num_params():,} parameters."]
-    if config.get("source_sha256"):
-        parts.append(f"**Source**: {config['source']}, layout {config['source_layout']}; sha256 " + ", ".join(
-            f"{sha} ({file})" for file, sha in config["source_sha256"].items()))
-    if "train_tokens" in meta:
-        parts.append(f"**Data**: {config['dataset']}, {meta['train_tokens']:,} tokens to train, {meta['val_tokens']:,} "
-                     f"to validate, {meta['documents']:,} documents.")
-    if ckpt["step"]:
-        recipe = ("init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr", "weight_decay",
-                  "beta1", "beta2", "grad_clip", "dropout", "transformer_share", "init_std", "seed")
-        parts.append(f"**Training**: {ckpt['step']:,} steps of {config['tokens_per_step']:,} tokens; "
-                     + ", ".join(f"{key} {config[key]}" for key in recipe if key in config) + ".")
-    if evaluated:
-        parts.append("**Validation loss**, nats a token, by step: " + ", ".join(
-            f"{loss:.3f} ({step:,})" for step, loss in dict(evaluated).items()) + ".")
-    if edits:
-        parts.append("**Edits** of its senses, applied here: " + "; ".join(map(describe, edits)) + ".")
-    return CARD + "\n\n".join(parts) + USE
+def for_transformers(tokenizer):
+    """The text of a tokenizer.json that gives the same ids."""
+    tokenizers, spec = require("tokenizers", "--to=hf"), tokenizer.spec
+    if spec["kind"] == "bpe":
+        return json.dumps(spec["model"])
+    if spec["kind"] == "char":
+        ids = {char: i for i, char in enumerate(spec["chars"])}
+        codec = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, UNKNOWN))
+        each = tokenizers.Regex(r"[\s\S]")
+        codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(each, "isolated")
+        codec.decoder = tokenizers.decoders.Fuse()
+        return codec.to_str()
+    ranks = tokenizer.codec._mergeable_ranks
+    character = {byte: char for char, byte in byte_characters().items()}
+
+    def text(token):
+        return "".join(character[byte] for byte in token)
+
+    merges = []  # the pairs that make the tokens, found by merging each again, lowest rank first
+    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = pair_ranks.index(min(pair_ranks))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((text(parts[0]), text(parts[1])))
+    vocab = {text(token): rank for token, rank in ranks.items()} | {END: tokenizer.end}
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    codec.add_special_tokens([END])
+    return codec.to_str()
 
 
-CARD = """---
+def from_transformers(parsed, vocab_size):
+    """The inverse: a tokenizer's spec from what tokenizer.json holds; None for any other tokenizer."""
+    model, first = parsed.get("model") or {}, parsed.get("pre_tokenizer") or {}
+    vocab, kind = model.get("vocab"), model.get("type")
+    if kind not in ("BPE", "WordLevel") or sorted(vocab.values()) != list(range(vocab_size)):
+        return None
+    if kind == "WordLevel" and all(len(char) == 1 for char in vocab):
+        return {"kind": "char", "chars": "".join(sorted(vocab, key=vocab.get))}
+    # tiktoken reads it as we do if ids follow the order of merges, and it has all bytes and GPT-2's words
+    merged = [vocab.get("".join(pair).replace(" ", ""), -1) for pair in model.get("merges", ())]
+    complete = {END, *byte_characters()} <= vocab.keys()
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if merged != sorted(merged) or not complete or first != words | {"use_regex": True}:
+        return None
+    added = {
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }  # transformers may add these
+    return {"kind": "bpe", "model": parsed | added}
+
+
+# ---- the model card
+
+HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [backpack]
 ---
 """
 
-USE = """
-
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+USE = """    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-    found = model(**tokenizer("The river", return_tensors="pt"), output_senses=True, output_contextualization=True)
+    inputs = tokenizer("The river", return_tensors="pt")
+    output = model(**inputs, output_senses=True, output_contextualization=True)
 
-Each token has sense vectors that depend on nothing else, `found.senses`; the logits are linear in their sum with the
-weights `found.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
+Each token has sense vectors that don't depend on context, `output.senses`; the logits are linear in
+their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
 
-**Limits**: it says what its training text made likely, true or not, with the biases of that text. It takes no more
-tokens at once than it has positions.
+**Limits**: the model says what its training text made likely, true or not, with the biases of that
+text. It takes no more tokens at once than it has positions.
 """
+RECIPE = ("init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr")
+RECIPE += ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "transformer_share")
+RECIPE += ("init_std", "seed")
+
+
+def card(path, ckpt, model, edits, metrics):
+    """The text of README.md, from what the checkpoint and its metrics say."""
+    meta, c, source = ckpt["meta"], model.config, ckpt["source"]
+    values = ckpt["config"] | ckpt["settings"]
+    name = path.parent.name if path.is_file() else path.name
+    kind = "Backpack" if c.n_sense else "Transformer"
+    parts = [
+        f"# {name}: a {kind} language model",
+        f"**Network**: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.n_sense} senses per "
+        f"token, {c.block_size} positions, {c.vocab_size:,} tokens; {model.num_params():,} parameters.",
+    ]
+    if source.get("sha256"):
+        files = ", ".join(f"{sha} ({file})" for file, sha in source["sha256"].items())
+        parts.append(f"**Source**: {source['name']}, layout {source['layout']}; sha256 {files}")
+    if "train_tokens" in meta:
+        parts.append(
+            f"**Data**: {values['dataset']}, {meta['train_tokens']:,} tokens for training, "
+            f"{meta['val_tokens']:,} for validation, {meta['documents']:,} documents."
+        )
+    if ckpt["step"]:
+        recipe = ", ".join(f"{key} {values[key]}" for key in RECIPE if key in values)
+        tokens = values["tokens_per_step"]
+        parts.append(f"**Training**: {ckpt['step']:,} steps of {tokens:,} tokens; {recipe}.")
+    losses = {r["step"]: r["val_loss"] for r in metrics if "val_loss" in r}
+    if losses:
+        every = -(-len(losses) // 12)
+        steps = sorted({*list(losses)[::every], max(losses)})  # about 12, and the last
+        figures = ", ".join(f"{losses[step]:.3f} ({step:,})" for step in steps)
+        parts.append(f"**Validation loss** in nats per token (step): {figures}.")
+    if edits:
+        applied = "; ".join(map(describe, edits))
+        parts.append(f"**Edits** of its senses, applied here: {applied}.")
+    return HEADER + "\n\n".join([*parts, USE])

@@ -1,7 +1,8 @@
-"""The Backpack of the paper, written from its equations with loops over positions, senses and heads; slow on purpose.
+"""The Backpack, written from the paper's equations with loops over positions, senses and heads.
 
 Takes a dictionary of tensors (a state_dict) and plain numbers; shares no code with model.py.
 """
+
 import math
 
 import torch
@@ -44,9 +45,13 @@ def hidden(ids, w, n_layer, n_head, inverse_layer_scale=True):
             for h in range(n_head):
                 part = slice(h * width, (h + 1) * width)
                 q = qkv[t][:D][part]
-                scores = [float(q @ qkv[j][D:2 * D][part]) / math.sqrt(width) / (i + 1 if inverse_layer_scale else 1)
-                          for j in range(t + 1)]
-                heads.append(sum(a * qkv[j][2 * D:][part] for j, a in enumerate(softmax(scores))))
+                scores = [
+                    float(q @ qkv[j][D : 2 * D][part])
+                    / math.sqrt(width)
+                    / (i + 1 if inverse_layer_scale else 1)
+                    for j in range(t + 1)
+                ]
+                heads.append(sum(a * qkv[j][2 * D :][part] for j, a in enumerate(softmax(scores))))
             x = x + linear(torch.cat(heads), w, f"{block}.attn.proj")
             new.append(x + mlp(layer_norm(x, w, f"{block}.ln_2"), w, f"{block}.mlp"))
         xs = new
@@ -58,7 +63,9 @@ def senses(x, w, n_sense):
     e = w["wte.weight"][x]
     r = layer_norm(e, w, "sense_network.ln_0") + e
     r = r + mlp(layer_norm(r, w, "sense_network.ln_1"), w, "sense_network.mlp")
-    return mlp(layer_norm(r, w, "sense_network.ln_2"), w, "sense_network.mlp_out").split(len(e))[:n_sense]
+    return mlp(layer_norm(r, w, "sense_network.ln_2"), w, "sense_network.mlp_out").split(len(e))[
+        :n_sense
+    ]
 
 
 def logits(ids, w, n_layer, n_head, n_sense, vocab_size):
@@ -72,8 +79,11 @@ def logits(ids, w, n_layer, n_head, n_sense, vocab_size):
         for i in range(len(ids)):
             o = torch.zeros_like(h[0])
             for sense in range(n_sense):
-                q = both[i][sense * width:(sense + 1) * width]
-                keys = [both[j][(n_sense + sense) * width:(n_sense + sense + 1) * width] for j in range(i + 1)]
+                q = both[i][sense * width : (sense + 1) * width]
+                keys = [
+                    both[j][(n_sense + sense) * width : (n_sense + sense + 1) * width]
+                    for j in range(i + 1)
+                ]
                 alpha = softmax([float(q @ k) / math.sqrt(width) for k in keys])
                 for j in range(i + 1):
                     o = o + alpha[j] * C[j][sense]

@@ -12,29 +12,41 @@ import torch
 from conftest import TINY, lines, make_dataset, records
 from torch.nn import functional as F
 
-import convert
 import sample
 import train
-from checkpoints import CheckpointError, load_checkpoint, save_checkpoint, weights_only
 from configurator import UserError, hold
-from edits import make_edits, parse, read_edits
-from layouts import LAYOUTS, names, to_layout
-from model import Backpack, BackpackConfig
-from tokenizer import for_transformers, load_tokenizer, train_bpe
+from lab import convert, experiments, export
+from lab.edit import make_edits, parse, read_edits
+from lab.layouts import LAYOUTS, module_names, to_layout, to_ours
+from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
+from tokenizer import load_tokenizer, train_bpe
+from train import save_checkpoint
 
 D, LAYERS, HEADS, K, T, V = 24, 2, 3, 4, 16, 40
-CONFIG = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": D, "vocab_size": V, "n_positions": T, "num_senses": K,
-          "scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+CONFIG = {
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_embd": D,
+    "vocab_size": V,
+    "n_positions": T,
+    "num_senses": K,
+    "scale_attn_by_inverse_layer_idx": True,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
 
 
 def random_hf(rows=V, d=D):
-    """Tensors as in the published pytorch_model.bin, aliases and masks too, written from its keys."""
+    """Tensors as in the published pytorch_model.bin, with aliases and masks."""
     torch.manual_seed(0)
     base = "backpack.gpt2_model"
     found = {f"{base}.wte.weight": torch.randn(rows, d), f"{base}.wpe.weight": torch.randn(T, d)}
 
     def linear(name, n_in, n_out):
-        found[f"{name}.weight"], found[f"{name}.bias"] = torch.randn(n_in, n_out) / 4, torch.randn(n_out) / 4
+        found[f"{name}.weight"], found[f"{name}.bias"] = (
+            torch.randn(n_in, n_out) / 4,
+            torch.randn(n_out) / 4,
+        )
 
     def norm(name):
         found[f"{name}.weight"], found[f"{name}.bias"] = 1 + torch.randn(d) / 4, torch.randn(d) / 4
@@ -44,7 +56,10 @@ def random_hf(rows=V, d=D):
         norm(f"{h}.ln_1"), norm(f"{h}.ln_2")
         linear(f"{h}.attn.c_attn", d, 3 * d), linear(f"{h}.attn.c_proj", d, d)
         linear(f"{h}.mlp.c_fc", d, 4 * d), linear(f"{h}.mlp.c_proj", 4 * d, d)
-        found[f"{h}.attn.bias"], found[f"{h}.attn.masked_bias"] = torch.ones(1, 1, T, T).tril(), torch.tensor(-1e4)
+        found[f"{h}.attn.bias"], found[f"{h}.attn.masked_bias"] = (
+            torch.ones(1, 1, T, T).tril(),
+            torch.tensor(-1e4),
+        )
     net = "backpack.sense_network"
     norm(f"{base}.ln_f"), norm(f"{net}.ln"), norm(f"{net}.block.ln_1"), norm(f"{net}.block.ln_2")
     linear(f"{net}.block.mlp.c_fc", d, 4 * d), linear(f"{net}.block.mlp.c_proj", 4 * d, d)
@@ -58,7 +73,8 @@ def random_hf(rows=V, d=D):
 
 
 def reference(w, ids, mean=False):
-    """Logits of the published architecture, from its equations and the names of its tensors; ids: a list."""
+    """Logits of the published architecture, from its equations; ids: a list. mean: as Levanter's."""
+
     def norm(x, name):
         return F.layer_norm(x, (D,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
 
@@ -67,7 +83,10 @@ def reference(w, ids, mean=False):
 
     def mlp(x, name):
         x = conv(x, f"{name}.c_fc")
-        return conv(0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), f"{name}.c_proj")
+        return conv(
+            0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+            f"{name}.c_proj",
+        )
 
     later = torch.ones(len(ids), len(ids)).triu(1).bool()
     E = w["backpack.gpt2_model.wte.weight"]
@@ -76,13 +95,17 @@ def reference(w, ids, mean=False):
         h = f"backpack.gpt2_model.h.{i}"
         q, k, v = conv(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").split(D, -1)
         heads = []
-        for a, b, c in zip(q.split(D // HEADS, -1), k.split(D // HEADS, -1), v.split(D // HEADS, -1)):
+        for a, b, c in zip(
+            q.split(D // HEADS, -1), k.split(D // HEADS, -1), v.split(D // HEADS, -1)
+        ):
             scores = a @ b.T / math.sqrt(D // HEADS) / (i + 1)
             heads.append(scores.masked_fill(later, float("-inf")).softmax(-1) @ c)
         x = x + conv(torch.cat(heads, -1), f"{h}.attn.c_proj")
         x = x + mlp(norm(x, f"{h}.ln_2"), f"{h}.mlp")
     h = norm(x, "backpack.gpt2_model.ln_f")
-    q, k = F.linear(h, *(w[f"backpack.sense_weight_net.c_attn.{kind}"] for kind in ("weight", "bias"))).split(D, -1)
+    q, k = F.linear(
+        h, *(w[f"backpack.sense_weight_net.c_attn.{kind}"] for kind in ("weight", "bias"))
+    ).split(D, -1)
     net = "backpack.sense_network"
     r = norm(E[ids], f"{net}.ln") + E[ids]
     r = r + mlp(norm(r, f"{net}.block.ln_1"), f"{net}.block.mlp")
@@ -101,8 +124,15 @@ def source(folder, tensors, config=CONFIG):
 
 
 def imported(tmp_path, folder, *args):
-    convert.main([f"--source={folder}", f"--out_dir={tmp_path / 'run'}", *args])
+    convert.main([f"--source={folder}", f"--dest={tmp_path / 'run'}", *args])
     return Backpack.from_checkpoint(tmp_path / "run")
+
+
+def save_run(folder, model):
+    """A run of this model, as train.py saves it."""
+    ckpt = {"model": model.state_dict(), "config": asdict(model.config), "settings": {}, "step": 0}
+    save_checkpoint(folder / "ckpt.pt", ckpt | {"meta": {"tokenizer": None}})
+    return folder
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors", "layout"])
@@ -110,12 +140,12 @@ def test_hugging_face_logits(tmp_path, form, capsys):
     w, ids = random_hf(), [3, 1, 39, 3, 0, 7]
     folder = source(tmp_path / "hf", w)
     args = []
-    if form != "bin":  # a re-save drops what is there twice, and it is then open whose it is
+    if form != "bin":  # a re-save drops aliases, and it is then open whose layout it is
         (folder / "pytorch_model.bin").unlink()
-        pytest.importorskip("safetensors.torch").save_file(
-            {k: v.clone() for k, v in w.items() if "word_emb" not in k and "position_emb" not in k
-             and (form == "safetensors") == ("lm_head" in k) or "backpack" in k and "embeddings" not in k},
-            folder / "model.safetensors")
+        kept = {name: tensor.clone() for name, tensor in w.items() if "embeddings" not in name}
+        if form == "layout":
+            del kept["lm_head.weight"]
+        pytest.importorskip("safetensors.torch").save_file(kept, folder / "model.safetensors")
         args = ["--layout=backpack-gpt2"]
         if form == "layout":
             with pytest.raises(UserError, match="Hugging Face's or Levanter's"):
@@ -125,27 +155,34 @@ def test_hugging_face_logits(tmp_path, form, capsys):
     shown, config = capsys.readouterr().out, json.loads((tmp_path / "run/config.json").read_text())
     assert "backpack-gpt2: 44 tensors, 12 transposed" in shown and "tokenizer: none" in shown
     file = next(f for f in folder.iterdir() if f.name != "config.json")
-    assert config["source_sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert config["source"]["sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def test_levanters_sum_is_divided(tmp_path):
     w, ids = random_hf(), [5, 1, 2, 2]
     del w["lm_head.weight"]
     model = imported(tmp_path, source(tmp_path / "lev", w))
-    assert model.config.sense_mean
-    assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(w, ids, mean=True), atol=1e-4, rtol=1e-4)
+    assert torch.allclose(
+        model(torch.tensor([ids]))[0][0], reference(w, ids, mean=True), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_resave_may_keep_any_name_of_the_embeddings(tmp_path):
     """... and looks like Levanter's then, so it has to be said whose it is."""
     w, ids = random_hf(), [5, 1, 2, 2]
-    for name in ("backpack.gpt2_model.wte.weight", "backpack.gpt2_model.wpe.weight", "lm_head.weight"):
+    for name in (
+        "backpack.gpt2_model.wte.weight",
+        "backpack.gpt2_model.wpe.weight",
+        "lm_head.weight",
+    ):
         del w[name]
     folder = source(tmp_path / "hf", w)
     with pytest.raises(UserError, match="may be Hugging Face's or Levanter's"):
         imported(tmp_path, folder)
     model = imported(tmp_path, folder, "--layout=backpack-gpt2")
-    assert torch.allclose(model(torch.tensor([ids]))[0][0], reference(random_hf(), ids), atol=1e-4, rtol=1e-4)
+    assert torch.allclose(
+        model(torch.tensor([ids]))[0][0], reference(random_hf(), ids), atol=1e-4, rtol=1e-4
+    )
 
 
 def tensors_of(folder):
@@ -154,32 +191,70 @@ def tensors_of(folder):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_of_tensors_and_settings(layout, tmp_path):
-    """A run -> the layout -> a run -> the layout: all that the layout can say comes back as it was."""
-    changes = {"gpt2": {"n_sense": 0}, "lightning-gpt2": {"n_sense": 0}, "lightning": {"sense_mlp_ratio": 1},
-               "levanter": {"sense_mean": True, "sense_out_ratio": 2}, "backpack-gpt2": {"sense_out_ratio": 3},
-               "hf": {"n_qk": 5, "bias": False, "sense_mean": True, "sense_mlp_ratio": 2, "sense_out_ratio": 3}}
+    """A run -> the layout -> a run -> the layout: all that the layout can express comes back."""
+    changes = {
+        "gpt2": {"n_sense": 0},
+        "lightning-gpt2": {"n_sense": 0},
+        "lightning": {"sense_mlp_ratio": 1},
+        "levanter": {"sense_out_ratio": 2},
+        "backpack-gpt2": {"sense_out_ratio": 3},
+        "hf": {"n_qk": 5, "bias": False, "sense_mlp_ratio": 2, "sense_out_ratio": 3},
+    }
     torch.manual_seed(0)
-    config = BackpackConfig(**{"block_size": T, "vocab_size": V - 3, "n_layer": LAYERS, "n_head": HEADS, "n_embd": D,
-                               "n_sense": K, "inverse_layer_scale": False} | changes[layout])
-    save_checkpoint(tmp_path / "a/ckpt.pt", {"model": Backpack(config).state_dict(), "config": asdict(config),
-                                             "step": 0, "meta": {"tokenizer": None}})
-    for run, folder in (("a", "there"), ("b", "again")):
-        convert.main([f"--out_dir={tmp_path / run}", f"--to={layout}", f"--dest={tmp_path / folder}"])
-        convert.main([f"--source={tmp_path / 'there'}", f"--out_dir={tmp_path / 'b'}", "--overwrite=True"])
-    theirs, again = tensors_of(tmp_path / "there"), tensors_of(tmp_path / "again")
-    assert again.keys() == theirs.keys() and all(torch.equal(again[name], theirs[name]) for name in theirs)
+    sizes = {"block_size": T, "vocab_size": V - 3, "n_layer": LAYERS, "n_head": HEADS, "n_embd": D}
+    sizes |= {"n_sense": K, "inverse_layer_scale": False}
+    config = BackpackConfig(**sizes | changes[layout])
+    save_run(tmp_path / "a", Backpack(config))
+    there, again = tmp_path / "there", tmp_path / "again"
+    convert.main([f"--source={tmp_path / 'a'}", f"--to={layout}", f"--dest={there}"])
+    convert.main([f"--source={there}", f"--dest={tmp_path / 'b'}"])
+    convert.main([f"--source={tmp_path / 'b'}", f"--to={layout}", f"--dest={again}"])
+    theirs, ours = tensors_of(there), tensors_of(again)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     a, b = (Backpack.from_checkpoint(tmp_path / run) for run in "ab")
     x = torch.tensor([[1, 36, 3, 3]])
     assert a.config == b.config == config and torch.equal(a(x)[0], b(x)[0])
 
 
-@pytest.mark.parametrize("layout, changes, key", [
-    ("gpt2", {}, "n_sense=4"), ("backpack-gpt2", {"n_sense": 0}, "n_sense=0"), ("lightning", {"n_qk": 3}, "n_qk=3"),
-    ("levanter", {}, "sense_mean=False"), ("backpack-gpt2", {"sense_mlp_ratio": 1}, "sense_mlp_ratio=1"),
-    ("lightning", {"bias": False}, "bias=False")])
+def test_a_layout_becomes_another_in_one_step(tmp_path):
+    """Hugging Face's as Levanter's: without a run between them, and the same function."""
+    w, ids = random_hf(), [5, 1, 2, 2]
+    folder = source(tmp_path / "hf", w)
+    convert.main([f"--source={folder}", "--to=levanter", f"--dest={tmp_path / 'levanter'}"])
+    theirs = tensors_of(tmp_path / "levanter")
+    logits = reference(w, ids)
+    assert torch.allclose(reference(theirs, ids, mean=True), logits, atol=1e-4, rtol=1e-4)
+    model = imported(tmp_path, tmp_path / "levanter")
+    assert torch.allclose(model(torch.tensor([ids]))[0][0], logits, atol=1e-4, rtol=1e-4)
+    for name in ("weight", "bias"):
+        key = f"sense_network.mlp_out.proj.{name}"
+        assert torch.equal(to_ours(w, "backpack-gpt2")[0][key], model.state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    "layout, changes, key",
+    [
+        ("gpt2", {}, "n_sense=4"),
+        ("backpack-gpt2", {"n_sense": 0}, "n_sense=0"),
+        ("lightning", {"n_qk": 3}, "n_qk=3"),
+        ("levanter", {"bias": False}, "bias=False"),
+        ("backpack-gpt2", {"sense_mlp_ratio": 1}, "sense_mlp_ratio=1"),
+        ("lightning", {"bias": False}, "bias=False"),
+    ],
+)
 def test_what_a_layout_can_not_say_is_refused(layout, changes, key):
-    config = BackpackConfig(**{"block_size": T, "vocab_size": V, "n_layer": LAYERS, "n_head": HEADS, "n_embd": D,
-                               "n_sense": K} | changes)
+    config = BackpackConfig(
+        **{
+            "block_size": T,
+            "vocab_size": V,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "n_embd": D,
+            "n_sense": K,
+        }
+        | changes
+    )
     with pytest.raises(UserError, match=f"the layout {layout} has no place for {key}: --to=hf has"):
         to_layout(Backpack(config).state_dict(), config, layout, V)
 
@@ -201,22 +276,27 @@ def test_transformers_own_gpt2_reads_what_we_write(tmp_path):
     torch.manual_seed(0)
     config = BackpackConfig(T, V - 3, LAYERS, HEADS, D, n_sense=0, init_std=0.2)
     model, x = Backpack(config).eval(), torch.tensor([[1, 36, 3, 3]])
-    save_checkpoint(tmp_path / "run/ckpt.pt", {"model": model.state_dict(), "config": asdict(config), "step": 0,
-                                               "meta": {"tokenizer": None}})
-    convert.main([f"--out_dir={tmp_path / 'run'}", "--to=gpt2", f"--dest={tmp_path / 'gpt2'}"])
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2", attn_implementation="eager").eval()
+    save_run(tmp_path / "run", model)
+    convert.main([f"--source={tmp_path / 'run'}", "--to=gpt2", f"--dest={tmp_path / 'gpt2'}"])
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "gpt2", attn_implementation="eager"
+    ).eval()
     assert torch.allclose(theirs(x).logits, model(x)[0], atol=1e-5)
 
 
 def test_fused_norms_belong_to_the_sublayer_before():
-    """As design and the authors' code have it; a shift by one is the classic mistake."""
-    found = {theirs: ours for ours, theirs, _ in names("lightning", 12, True)}
+    """As in the authors' code; a shift by one is the classic mistake."""
+    found = {theirs: ours for ours, theirs, _ in module_names("lightning", 12)}
     base = "model.transformer."
-    for theirs, ours in (("gpt2_model.ln_0", "blocks.0.ln_1"), ("gpt2_model.layers.0.norm1", "blocks.0.ln_2"),
-                         ("gpt2_model.layers.0.norm2", "blocks.1.ln_1"), ("gpt2_model.layers.11.norm2", "ln_f"),
-                         ("content_model.ln_0", "sense_network.ln_0"),
-                         ("content_model.layers.0.norm2", "sense_network.ln_2"),
-                         ("content_model.final_mlp.fc2", "sense_network.mlp_out.proj")):
+    for theirs, ours in (
+        ("gpt2_model.ln_0", "blocks.0.ln_1"),
+        ("gpt2_model.layers.0.norm1", "blocks.0.ln_2"),
+        ("gpt2_model.layers.0.norm2", "blocks.1.ln_1"),
+        ("gpt2_model.layers.11.norm2", "ln_f"),
+        ("content_model.ln_0", "sense_network.ln_0"),
+        ("content_model.layers.0.norm2", "sense_network.ln_2"),
+        ("content_model.final_mlp.fc2", "sense_network.mlp_out.proj"),
+    ):
         assert found[base + theirs] == ours
 
 
@@ -238,58 +318,112 @@ def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
     torch.manual_seed(0)
     model = Backpack(BackpackConfig(T, V, 6, 6, 384, 16, sense_mlp_ratio=1)).eval()
     tensors = to_layout(model.state_dict(), model.config, "lightning", V)
-    torch.save({"state_dict": {k: v.half() for k, v in tensors.items()}, "hyper_parameters": Config(), "evil": Evil(),
-                "optimizer_states": [{"state": {0: {"step": 3}}}]}, tmp_path / "mini.ckpt")
+    torch.save(
+        {
+            "state_dict": {k: v.half() for k, v in tensors.items()},
+            "hyper_parameters": Config(),
+            "evil": Evil(),
+            "optimizer_states": [{"state": {0: {"step": 3}}}],
+        },
+        tmp_path / "mini.ckpt",
+    )
     ours = imported(tmp_path, tmp_path / "mini.ckpt", "--dtype=float32")
     out = capsys.readouterr().out
     assert "EXECUTED" not in out and "lightning: 92 tensors" in out
-    assert ours.config.n_head == 6 and ours.config.sense_mlp_ratio == 1 and ours.config.n_sense == 16
+    assert (
+        ours.config.n_head == 6 and ours.config.sense_mlp_ratio == 1 and ours.config.n_sense == 16
+    )
     x = torch.tensor([[1, 2, 3]])
     assert torch.allclose(ours(x)[0], model.half().float()(x)[0], atol=1e-5)
     assert load_checkpoint(tmp_path / "run")["model"]["wte.weight"].dtype == torch.float32
-    convert.main([f"--out_dir={tmp_path / 'run'}", "--to=lightning", f"--dest={tmp_path / 'back'}"])
+    convert.main([f"--source={tmp_path / 'run'}", "--to=lightning", f"--dest={tmp_path / 'back'}"])
     back = imported(tmp_path, tmp_path / "back", "--overwrite=True")
-    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values())
+    )
 
 
 @pytest.fixture(scope="module")
 def gpt2_data(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("gpt2"), "own", lines(200), "--tokenizer=gpt2", "--val_fraction=0.2")
+    return make_dataset(
+        tmp_path_factory.mktemp("gpt2"), "own", lines(200), "--tokenizer=gpt2", "--val_fraction=0.2"
+    )
 
 
-@pytest.mark.parametrize("layout, rows, new", [("gpt2", 50257, 0), ("gpt2", 50257, 4), ("backpack-gpt2", 50264, 0)])
-def test_finetuning_starts_at_the_imported_weights_loss(tmp_path, gpt2_data, capsys, layout, rows, new):
-    """GPT-2 as a baseline, GPT-2 with new senses, a Backpack: the same function, the loss it has, 50 steps lower it."""
+@pytest.mark.parametrize(
+    "layout, rows, new", [("gpt2", 50257, 0), ("gpt2", 50257, 4), ("backpack-gpt2", 50264, 0)]
+)
+def test_finetuning_starts_at_the_imported_weights_loss(
+    tmp_path, gpt2_data, capsys, layout, rows, new
+):
+    """GPT-2, GPT-2 with new senses, a Backpack: the same function and loss, which 50 steps lower."""
     torch.manual_seed(0)
     senses, plain = 4 if layout == "backpack-gpt2" else 0, layout == "gpt2"
-    model = Backpack(BackpackConfig(T, 50257, LAYERS, 2, 16, senses, inverse_layer_scale=not plain)).eval()
+    model = Backpack(
+        BackpackConfig(T, 50257, LAYERS, 2, 16, senses, inverse_layer_scale=not plain)
+    ).eval()
     tensors = to_layout(model.state_dict(), model.config, layout, rows)
     tensors = {f"transformer.{name}" if plain else name: tensor for name, tensor in tensors.items()}
     assert all(len(tensor) == rows for name, tensor in tensors.items() if "wte" in name)
-    ours = imported(tmp_path, source(tmp_path / "theirs", tensors, {"n_head": 2}), f"--n_sense={new}")
+    ours = imported(
+        tmp_path, source(tmp_path / "theirs", tensors, {"n_head": 2}), f"--n_sense={new}"
+    )
     x = torch.tensor([[50256, 5, 6]])
-    assert torch.allclose(ours._hidden(x)[0], model._hidden(x)[0], atol=1e-5)
+    assert torch.allclose(ours.hidden(x)[0], model.hidden(x)[0], atol=1e-5)
     assert new or torch.allclose(ours(x)[0], model(x)[0], atol=1e-5)
-    keys = [f"--data_dir={gpt2_data}", "--dataset=own", "--tokens_per_step=64", "--batch_size=4", "--max_iters=50",
-            "--learning_rate=1e-3", "--warmup_iters=0", "--eval_interval=50", "--log_interval=10", "--device=cpu",
-            "--full_val=True", f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}"]
+    keys = [
+        f"--data_dir={gpt2_data}",
+        "--dataset=own",
+        "--tokens_per_step=64",
+        "--batch_size=4",
+        "--max_iters=50",
+        "--learning_rate=1e-3",
+        "--warmup_iters=0",
+        "--eval_interval=50",
+        "--log_interval=10",
+        "--device=cpu",
+        "--full_val=True",
+        f"--init_from={tmp_path / 'run'}",
+        f"--out_dir={tmp_path / 'tuned'}",
+    ]
     train.main([*keys, "--eval_only=True"])
-    told = float(re.search(r"val loss (\S+),", capsys.readouterr().out)[1])
+    printed = float(re.search(r"val loss (\S+),", capsys.readouterr().out)[1])
     train.main(keys)
     first, last = records(tmp_path / "tuned", "val_loss").values()
     val = torch.from_numpy(np.fromfile(gpt2_data / "own/val.bin", "<u2").astype("int64"))
-    parts = [ours(part[None, :-1], part[None, 1:])[1].item() * (len(part) - 1)
-             for part in (val[i : i + T + 1] for i in range(0, len(val) - 1, T))]
-    assert abs(first - told) < 1e-4 and abs(first - sum(parts) / (len(val) - 1)) < 1e-4 and last < first - 0.5
-    sample.main([f"--out_dir={tmp_path / 'tuned'}", "--start=words", "--max_new_tokens=2", "--num_samples=1"])
+    parts = [
+        ours(part[None, :-1], part[None, 1:])[1].item() * (len(part) - 1)
+        for part in (val[i : i + T + 1] for i in range(0, len(val) - 1, T))
+    ]
+    assert (
+        abs(first - printed) < 1e-4
+        and abs(first - sum(parts) / (len(val) - 1)) < 1e-4
+        and last < first - 0.5
+    )
+    sample.main(
+        [f"--run={tmp_path / 'tuned'}", "--start=words", "--max_new_tokens=2", "--num_samples=1"]
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("backpack.gpt2_model.ln_f.bias"), "1 tensors missing: backpack.gpt2_model.ln_f.bias"),
-    (lambda w: w.update(extra=torch.ones(1)), "1 tensors too many: extra"),
-    (lambda w: w.update({"lm_head.weight": torch.ones(V, D)}), "lm_head.weight should repeat"),
-    (lambda w: w.update({"backpack.gpt2_model.h.0.mlp.c_fc.bias": torch.ones(7)}), "don't fit its config"),
-    (lambda w: [w.pop(k) for k in list(w) if "c_attn" in k], "unknown layout: expected one of backpack-gpt2,")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda w: w.pop("backpack.gpt2_model.ln_f.bias"),
+            "tensors missing (1): backpack.gpt2_model.ln_f.bias",
+        ),
+        (lambda w: w.update(extra=torch.ones(1)), "tensors left over (1): extra"),
+        (lambda w: w.update({"lm_head.weight": torch.ones(V, D)}), "lm_head.weight should repeat"),
+        (
+            lambda w: w.update({"backpack.gpt2_model.h.0.mlp.c_fc.bias": torch.ones(7)}),
+            "size mismatch",
+        ),
+        (
+            lambda w: [w.pop(k) for k in list(w) if "c_attn" in k],
+            "unknown layout: expected one of backpack-gpt2,",
+        ),
+    ],
+)
 def test_bad_tensors(tmp_path, change, message):
     w = random_hf()
     change(w)
@@ -307,7 +441,7 @@ def test_bad_sources(tmp_path):
         with pytest.raises(UserError, match="is truncated or holds no tensors"):
             imported(tmp_path, folder)
     torch.save(Weights(random_hf()), folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="--trust_pickle=True loads it, and executes"):
+    with pytest.raises(UserError, match="--trust_pickle loads it, and executes"):
         imported(tmp_path, folder)
     assert not (tmp_path / "run").exists()
     imported(tmp_path, folder, "--trust_pickle=True")
@@ -326,28 +460,37 @@ def test_bad_sources(tmp_path):
     with pytest.raises(UserError, match="has 40 rows, fewer than a vocabulary of 50257"):
         imported(tmp_path, folder, "--n_head=3", "--tokenizer=gpt2")
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is no JSON"):
+    with pytest.raises(UserError, match="config.json is not a JSON object"):
         imported(tmp_path, folder)
     source(folder, random_hf())
     with pytest.raises(UserError, match="layout hf: backpack.wte.weight is missing"):
         imported(tmp_path, folder, "--layout=hf")
-    for args, message in ((["--layout=what"], "layout='what': expected one of auto"), ([], "give --source")):
+    for args, message in (
+        (["--layout=what"], "layout='what': expected one of auto"),
+        ([], "give --source"),
+    ):
         with pytest.raises(UserError, match=message):
             convert.main(args)
     source(folder, random_hf())
     imported(tmp_path, folder)
-    with pytest.raises(UserError, match="run has ckpt.pt, config.json, meta.json, which an import replaces"):
+    with pytest.raises(
+        UserError, match="run has ckpt.pt, config.json: give another --dest, or --overwrite"
+    ):
         imported(tmp_path, folder)
-    with pytest.raises(UserError, match="this run has no tokenizer"):
-        sample.main([f"--out_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match="run has no tokenizer"):
+        sample.main([f"--run={tmp_path / 'run'}"])
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
 def test_a_tokenizer_for_transformers_gives_the_same_ids(kind):
     from tokenizers import Tokenizer
-    spec = {"gpt2": {"kind": "gpt2"}, "char": {"kind": "char", "chars": "".join(sorted(set("".join(lines(99)))))}}
+
+    spec = {
+        "gpt2": {"kind": "gpt2"},
+        "char": {"kind": "char", "chars": "".join(sorted(set("".join(lines(99)))))},
+    }
     ours = load_tokenizer(spec.get(kind) or train_bpe(lines(99), 400))
-    theirs = Tokenizer.from_str(for_transformers(ours))
+    theirs = Tokenizer.from_str(export.for_transformers(ours))
     for text in lines(60) + (["It's 2,000 naïve 漢字 🙂\n\n  x\t "] if kind != "char" else []):
         assert theirs.encode(text).ids == ours.encode(text).tolist()
         assert theirs.decode(theirs.encode(text).ids) == text
@@ -357,32 +500,57 @@ def test_a_tokenizer_for_transformers_gives_the_same_ids(kind):
 def exported(tmp_path_factory):
     """(a run's model, its folder for transformers, loaded)"""
     transformers = pytest.importorskip("transformers")
-    folder = make_dataset(tmp_path_factory.mktemp("hf"), "own", map("\n".join, zip(lines(100), lines(100, 100))),
-                          "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2")
-    train.main([*TINY, f"--data_dir={folder}", "--dataset=own", f"--out_dir={folder / 'run'}", "--block_size=32"])
-    convert.main([f"--out_dir={folder / 'run'}", "--to=hf", f"--dest={folder / 'hf'}"])
+    folder = make_dataset(
+        tmp_path_factory.mktemp("hf"),
+        "own",
+        map("\n".join, zip(lines(100), lines(100, 100))),
+        "--tokenizer=bpe",
+        "--vocab_size=300",
+        "--val_fraction=0.2",
+    )
+    train.main(
+        [
+            *TINY,
+            f"--data_dir={folder}",
+            "--dataset=own",
+            f"--out_dir={folder / 'run'}",
+            "--block_size=32",
+        ]
+    )
+    convert.main([f"--source={folder / 'run'}", "--to=hf", f"--dest={folder / 'hf'}"])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
     return Backpack.from_checkpoint(folder / "run"), folder / "hf", model.eval()
 
 
 @torch.no_grad()
-def test_transformers_says_what_model_py_says(exported, tmp_path):
+def test_transformers_computes_what_model_py_does(exported, tmp_path):
     ours, folder, theirs = exported
     x = torch.tensor([[5, 9, 1, 7, 7, 2]])
     found = theirs(x, labels=x, output_senses=True, output_contextualization=True)
     assert torch.allclose(found.logits, ours(x)[0], atol=1e-5)
-    assert torch.equal(found.senses, ours.senses(x)) and found.contextualization.shape == (1, 4, 6, 6)
+    assert torch.equal(found.senses, ours.senses(x)) and found.contextualization.shape == (
+        1,
+        4,
+        6,
+        6,
+    )
     assert abs(found.loss - ours(x[:, :-1], x[:, 1:])[1]) < 1e-5
     how = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     for use_cache in (True, False):
         greedy = theirs.generate(x, attention_mask=torch.ones_like(x), use_cache=use_cache, **how)
         assert torch.equal(greedy, ours.generate(x, 20, temperature=0))
-    batch, mask = torch.tensor([[0, 0, 5, 9], [3, 3, 8, 1]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    batch, mask = (
+        torch.tensor([[0, 0, 5, 9], [3, 3, 8, 1]]),
+        torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+    )
     rows = theirs.generate(batch, attention_mask=mask, **how)
     assert torch.equal(rows[0, 2:], ours.generate(batch[:1, 2:], 20, temperature=0)[0])
     assert torch.equal(rows[1], ours.generate(batch[1:], 20, temperature=0)[0])
     best = theirs.generate(x, attention_mask=torch.ones_like(x), num_beams=3, use_cache=True, **how)
-    assert torch.equal(best, theirs.generate(x, attention_mask=torch.ones_like(x), num_beams=3, use_cache=False, **how))
+    assert torch.equal(
+        best,
+        theirs.generate(x, attention_mask=torch.ones_like(x), num_beams=3, use_cache=False, **how),
+    )
     theirs.save_pretrained(tmp_path / "again")
     again = type(theirs).from_pretrained(tmp_path / "again")
     assert torch.equal(again.eval()(x).logits, theirs(x).logits)
@@ -391,39 +559,72 @@ def test_transformers_says_what_model_py_says(exported, tmp_path):
 @torch.no_grad()
 def test_an_export_has_its_edits_and_comes_back(exported, tmp_path):
     transformers = pytest.importorskip("transformers")
-    ours, folder, _ = exported
-    (tmp_path / "e.json").write_text(json.dumps(parse('scale "d" 0 0; swap "o": "d" -> "c"; topic "w" 3')))
-    ckpt = load_checkpoint(folder.parent / "run")
-    save_checkpoint(tmp_path / "small/ckpt.pt", weights_only(ckpt))  # half precision in the file
-    x, plain = torch.from_numpy(load_tokenizer(ckpt["meta"]["tokenizer"]).encode("document two"))[None], []
+    run = exported[1].parent / "run"
+    (tmp_path / "e.json").write_text(
+        json.dumps(parse('scale "d" 0 0; swap "o": "d" -> "c"; topic "w" 3'))
+    )
+    convert.main([f"--source={run}", f"--dest={tmp_path / 'small'}"])  # half precision in the file
+    tokenizer = load_tokenizer(load_checkpoint(run)["meta"]["tokenizer"])
+    x, seen = torch.from_numpy(tokenizer.encode("document two"))[None], []
     for name, args in (("plain", []), ("edited", [f"--edits={tmp_path / 'e.json'}"])):
-        convert.main([f"--out_dir={tmp_path / 'small'}", "--to=hf", f"--dest={tmp_path / name}", *args])
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
-        theirs.save_pretrained(tmp_path / f"{name} saved")
-        transformers.AutoTokenizer.from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name} saved")
-        convert.main([f"--source={tmp_path / f'{name} saved'}", f"--out_dir={tmp_path / f'{name} back'}"])
-        back, ours = (Backpack.from_checkpoint(tmp_path / run) for run in (f"{name} back", "small"))
+        folder, saved, back_folder = (
+            tmp_path / f"{name}{what}" for what in ("", " saved", " back")
+        )
+        convert.main([f"--source={tmp_path / 'small'}", "--to=hf", f"--dest={folder}", *args])
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        theirs.eval().save_pretrained(saved)
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(saved)
+        convert.main([f"--source={saved}", f"--dest={back_folder}"])
+        back, ours = (Backpack.from_checkpoint(run) for run in (back_folder, tmp_path / "small"))
         if args:
-            for model, file in ((back, tmp_path / f"{name} back/edits.json"), (ours, tmp_path / "e.json")):
-                model.edits = make_edits(model, load_tokenizer(ckpt["meta"]["tokenizer"]), read_edits(file))
+            back.edits = make_edits(back, tokenizer, read_edits(back_folder / "edits.json"))
+            ours.edits = make_edits(ours, tokenizer, read_edits(tmp_path / "e.json"))
         assert theirs.dtype == torch.float32
         for logits in (back(x)[0], theirs(x).logits, theirs(x, use_cache=False).logits):
             assert torch.allclose(logits, ours(x)[0], atol=1e-5)
-        plain.append(ours(x)[0])
-        assert load_checkpoint(tmp_path / f"{name} back")["meta"]["tokenizer"] == ckpt["meta"]["tokenizer"]
-    assert not torch.allclose(*plain, atol=1e-2)
+        seen.append(ours(x)[0])
+        assert load_checkpoint(back_folder)["meta"]["tokenizer"] == tokenizer.spec
+    assert not torch.allclose(*seen, atol=1e-2)
     assert 'swap "o": "d" -> "c"' in (tmp_path / "edited/README.md").read_text()
-    with pytest.raises(UserError, match="has no place for edits"):
-        convert.main([f"--out_dir={tmp_path / 'small'}", "--to=lightning", f"--dest={tmp_path / 'l'}", *args])
+    # from folder to folder, too, but not into a layout that has no place for them
+    convert.main([f"--source={tmp_path / 'edited'}", "--to=hf", f"--dest={tmp_path / 'again'}"])
+    first, again = tensors_of(tmp_path / "edited"), tensors_of(tmp_path / "again")
+    assert all(torch.allclose(again[key], first[key].to(again[key])) for key in first)
+    for folder, more in ((tmp_path / "small", args), (tmp_path / "edited", [])):
+        with pytest.raises(UserError, match="has no place for edits"):
+            convert.main(
+                [f"--source={folder}", "--to=backpack-gpt2", f"--dest={tmp_path / 'l'}", *more]
+            )
+
+
+def test_a_copy_to_share_has_weights_only(exported, tmp_path):
+    run, copy = exported[1].parent / "run", tmp_path / "copy"
+    convert.main([f"--source={run}", f"--dest={copy}"])
+    assert {path.name for path in copy.iterdir()} == {"ckpt.pt", "config.json", "metrics.jsonl"}
+    ours, ckpt = load_checkpoint(copy), load_checkpoint(run)
+    assert ours.keys() == {"model", "config", "settings", "step", "meta", "source"}
+    assert all(torch.equal(ours["model"][key], w.half()) for key, w in ckpt["model"].items())
+    for key in ("config", "settings", "step", "meta"):
+        assert ours[key] == ckpt[key]
+    assert records(copy, "val_loss") == records(run, "val_loss")
+    convert.main([f"--source={run / 'ckpt.pt'}", f"--dest={tmp_path / 'b'}", "--dtype=keep"])
+    kept = load_checkpoint(tmp_path / "b")["model"]
+    assert all(torch.equal(kept[key], w) for key, w in ckpt["model"].items())
+    for wrong in (run, copy):
+        with pytest.raises(UserError, match="folder of the source|give another --dest, or --over"):
+            convert.main([f"--source={run}", f"--dest={wrong}"])
+    with pytest.raises(UserError, match="is a run: --n_sense can't change it"):
+        convert.main([f"--source={run}", f"--dest={tmp_path / 'c'}", "--n_sense=3"])
+    assert load_checkpoint(run).keys() == ckpt.keys() and not (tmp_path / "c").exists()
 
 
 def test_an_export_is_whole_or_not_there(exported, tmp_path, monkeypatch):
-    args = [f"--out_dir={exported[1].parent / 'run'}", "--to=hf", f"--dest={tmp_path / 'hf'}"]
+    args = [f"--source={exported[1].parent / 'run'}", "--to=hf", f"--dest={tmp_path / 'hf'}"]
     convert.main(args)
     before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
-    with pytest.raises(UserError, match="is not empty: --overwrite=True"):
+    with pytest.raises(UserError, match="hf has README.md, .* --overwrite"):
         convert.main(args)
-    monkeypatch.setattr("export.card", lambda *a: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(export, "card", lambda *a: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
         convert.main([*args, "--overwrite=True"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
@@ -433,13 +634,20 @@ def test_an_export_is_whole_or_not_there(exported, tmp_path, monkeypatch):
 
 
 def test_trainer_of_transformers(exported, tmp_path):
-    """Two steps, and an evaluation that says what ours says."""
+    """Two steps, and an evaluation equal to ours."""
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
     model = transformers.AutoModelForCausalLM.from_pretrained(exported[1], trust_remote_code=True)
     x = torch.randint(300, (8, 20), generator=torch.Generator().manual_seed(0))
     texts = [{"input_ids": row, "labels": row} for row in x]
-    args = transformers.TrainingArguments(output_dir=tmp_path, max_steps=2, per_device_train_batch_size=4,
-                                          use_cpu=True, report_to=[], save_strategy="no", learning_rate=1e-2)
+    args = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        learning_rate=1e-2,
+    )
     trainer = transformers.Trainer(model=model, args=args, train_dataset=texts, eval_dataset=texts)
     with torch.no_grad():
         assert abs(trainer.evaluate()["eval_loss"] - exported[0](x[:, :-1], x[:, 1:])[1]) < 1e-5
@@ -455,14 +663,19 @@ def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     assert theirs("document 1 has").input_ids == ours.encode("document 1 has").tolist()
     assert theirs.eos_token_id == ours.end and theirs.padding_side == "left"
     card = (exported[1] / "README.md").read_text()
-    for words in ("2 layers, 2 heads, width 16, 4 senses", "12 steps of 64 tokens", "**Data**: own,", "**Limits**",
-                  f"{records(exported[1].parent / 'run', 'val_loss')[12]:.3f} (12)"):
+    for words in (
+        "2 layers, 2 heads, width 16, 4 senses",
+        "12 steps of 64 tokens",
+        "**Data**: own,",
+        "**Limits**",
+        f"{records(exported[1].parent / 'run', 'val_loss')[12]:.3f} (12)",
+    ):
         assert words in card
 
 
 @torch.no_grad()
 def test_word_perplexity_is_what_the_exported_folder_gives_each_document(exported, capsys):
-    """As lm-eval-harness scores: end-of-text before a document, windows of 32 tokens, the last one full, too."""
+    """As lm-eval-harness scores: end-of-text first, windows of 32 tokens, the last one full, too."""
     folder, model = exported[1].parent, exported[2]
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1], trust_remote_code=True)
@@ -475,17 +688,18 @@ def test_word_perplexity_is_what_the_exported_folder_gives_each_document(exporte
             y = tokens[i + 1 : i + 33]
             x = tokens[: i + 33][:-1][-32:]
             log_p = model(torch.tensor([x])).logits[0].log_softmax(-1)[-len(y) :]
-            total, n_windows = total + sum(log_p[j, t].item() for j, t in enumerate(y)), n_windows + 1
+            total += sum(log_p[j, t].item() for j, t in enumerate(y))
+            n_windows += 1
         n_words += len(text.split())
-    train.main([f"--init_from={folder / 'run'}", f"--data_dir={folder}", "--dataset=own", "--tokens_per_step=64",
-                "--batch_size=2", "--eval_only=True", "--full_val=True", "--device=cpu"])
+    experiments.main([f"--run={folder / 'run'}", f"--data_dir={folder}", "--words", "--device=cpu"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert len(texts) < n_windows and last.endswith(f", {n_words:,} words")
-    assert abs(float(last.split()[4][:-1].replace(",", "")) / math.exp(-total / n_words) - 1) < 1e-3
+    printed = float(re.search(r"word perplexity ([\d,.]+), ", last)[1].replace(",", ""))
+    assert abs(printed / math.exp(-total / n_words) - 1) < 1e-3
 
 
 def test_what_lies_in_a_folder_stays(tmp_path):
-    """An import into a folder without a run, such as the one of all runs, takes nothing away; over a run, its logs."""
+    """An import into a folder of runs removes nothing; over a run, it removes the logs."""
     folder, out = source(tmp_path / "hf", random_hf()), tmp_path / "run"
     (out / "other").mkdir(parents=True)
     (out / "other/ckpt.pt").write_text("a run")
@@ -499,17 +713,19 @@ def test_what_lies_in_a_folder_stays(tmp_path):
     assert (out / "other/ckpt.pt").exists() and not (out / "metrics.jsonl").exists()
     before = (out / "config.json").read_text()
     with pytest.raises(UserError, match="has a run: give another --dest"):
-        convert.main([f"--out_dir={out}", "--to=backpack-gpt2", f"--dest={out}"])
+        convert.main([f"--source={folder}", "--to=backpack-gpt2", f"--dest={out}"])
     assert (out / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json"])
+@pytest.mark.parametrize(
+    "name", ["ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json"]
+)
 def test_an_import_replaces_nothing_unasked(tmp_path, name):
     """Neither a run whose checkpoint is gone, nor the source, nor a dataset."""
     folder, file = source(tmp_path / "hf", random_hf()), tmp_path / "run" / name
     file.parent.mkdir()
     file.write_text("of the user")
-    with pytest.raises(UserError, match=f"run has {name}, which .* --overwrite=True"):
+    with pytest.raises(UserError, match=f"run has {name}: .* --overwrite"):
         imported(tmp_path, folder)
     assert file.read_text() == "of the user" and list(file.parent.iterdir()) == [file]
     imported(tmp_path, folder, "--overwrite=True")
@@ -522,7 +738,13 @@ def test_an_import_replaces_nothing_unasked(tmp_path, name):
 
 def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")))
-    with pytest.raises(UserError, match="no such file or folder, and not to be had from the Hub: OSError: no network$"):
-        convert.main(["--source=some/id", f"--out_dir={tmp_path / 'run'}"])
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no network\nat all")),
+    )
+    with pytest.raises(
+        UserError, match="source=some/id: not here, and not on the Hub: OSError: no network$"
+    ):
+        convert.main(["--source=some/id", f"--dest={tmp_path / 'run'}"])
     assert not list(tmp_path.iterdir())

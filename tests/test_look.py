@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_dataset
-from test_edits import ALL, CHARS, edited, tiny
+from test_edit import ALL, CHARS, edited, tiny
 
-import experiments
-import senses
 import train
-from checkpoints import load_checkpoint
 from configurator import UserError
-from model import Backpack
-from tokenizer import load_tokenizer, word_ids
+from lab import experiments
+from lab import look as tool
+from sample import open_run
+from tokenizer import word_ids
 
 PEOPLE = "nurse teacher doctor king".split()
 
@@ -21,22 +20,43 @@ PEOPLE = "nurse teacher doctor king".split()
 @pytest.fixture(scope="session")
 def bpe_run(tmp_path_factory):
     """A run whose vocabulary has words: people, he, she."""
-    docs = [f"The {who} said that {he} was a music fan {i}.\n{he.title()} knows that the {who} saw the sport of food."
-            for i in range(60) for who in PEOPLE for he in ("he", "she")]
-    folder = make_dataset(tmp_path_factory.mktemp("bpe"), "people", docs, "--tokenizer=bpe", "--vocab_size=330",
-                          "--val_fraction=0.2")
-    train.main([*TINY, f"--data_dir={folder}", "--dataset=people", f"--out_dir={folder / 'run'}", "--block_size=32",
-                "--max_iters=60"])
+    docs = [
+        f"The {who} said that {he} was a music fan {i}.\n"
+        f"{he.title()} knows that the {who} saw the sport of food."
+        for i in range(60)
+        for who in PEOPLE
+        for he in ("he", "she")
+    ]
+    folder = make_dataset(
+        tmp_path_factory.mktemp("bpe"),
+        "people",
+        docs,
+        "--tokenizer=bpe",
+        "--vocab_size=330",
+        "--val_fraction=0.2",
+    )
+    train.main(
+        [
+            *TINY,
+            f"--data_dir={folder}",
+            "--dataset=people",
+            f"--out_dir={folder / 'run'}",
+            "--block_size=32",
+            "--max_iters=60",
+        ]
+    )
     return folder / "run"
 
 
 @pytest.fixture
 def look(bpe_run, capsys):
-    """look("--word=...") -> what senses.py prints."""
+    """look("--word=...") -> what it prints."""
+
     def call(*args):
         capsys.readouterr()
-        senses.main([f"--out_dir={bpe_run}", "--device=cpu", *args])
+        tool.main([f"--run={bpe_run}", "--device=cpu", *args])
         return capsys.readouterr().out
+
     return call
 
 
@@ -50,10 +70,10 @@ def test_attribution_sums_to_the_logits(edit):
         idx = torch.from_numpy(random.integers(8, size=random.integers(1, 13)))
         logits = model(idx[None])[0][0, -1]
         for y, z in random.integers(8, size=(3, 2)):
-            alpha, parts = senses.attribution(model, idx, E[y])
+            alpha, parts = tool.attribution(model, idx, E[y])
             assert parts.shape == (len(idx), 4) and (alpha >= 0).all()
             assert abs(parts.sum() - logits[y]) < 1e-4 * max(1, abs(logits[y]))
-            contrast = senses.attribution(model, idx, E[y] - E[z])[1].sum()
+            contrast = tool.attribution(model, idx, E[y] - E[z])[1].sum()
             assert abs(contrast - (logits[y] - logits[z])) < 1e-4 * logits.abs().max()
 
 
@@ -61,59 +81,87 @@ def test_attribution_sums_to_the_logits(edit):
 def test_what_senses_say_and_what_is_like_them():
     model = tiny()
     C = model.senses(torch.arange(8))
-    high, low = senses.says(model, C[2], 8)
+    high, low = tool.says(model, C[2], 8)
     for sense in range(4):
-        loud = sorted(((float(model.wte.weight[y] @ C[2, sense]), y) for y in range(8)), reverse=True)
-        assert high.indices[sense].tolist() == [y for _, y in loud] == low.indices[sense].tolist()[::-1]
+        loud = sorted(
+            ((float(model.wte.weight[y] @ C[2, sense]), y) for y in range(8)), reverse=True
+        )
+        assert (
+            high.indices[sense].tolist()
+            == [y for _, y in loud]
+            == low.indices[sense].tolist()[::-1]
+        )
         assert np.allclose(high.values[sense], [v for v, _ in loud])
-    cosines = senses.similarity(model, C[2])
+    cosines = tool.similarity(model, C[2])
     for x in range(8):
         for sense in range(4):
             a, b = C[x, sense], C[2, sense]
             assert abs(cosines[x, sense] - sum(a * b) / (sum(a * a) * sum(b * b)) ** 0.5) < 1e-12
-    mean = senses.word_senses(model, CHARS, "bad")
+    mean = tool.word_senses(model, CHARS, "bad")
     assert torch.allclose(mean, (C[1] + C[0] + C[3]) / 3)
 
 
 def test_words_have_a_space_before_them_and_quotes_none(bpe_run):
-    tokenizer = load_tokenizer(load_checkpoint(bpe_run)["meta"]["tokenizer"])
-    assert tokenizer.decode(word_ids(tokenizer, "nurse")) == " nurse" and len(word_ids(tokenizer, "nurse")) == 1
+    tokenizer = open_run(bpe_run).tokenizer
+    assert (
+        tokenizer.decode(word_ids(tokenizer, "nurse")) == " nurse"
+        and len(word_ids(tokenizer, "nurse")) == 1
+    )
     assert tokenizer.decode(word_ids(tokenizer, '"nurse"')) == "nurse"
     assert word_ids(CHARS, "a") == [0]
 
 
 def test_views_fit_a_terminal(look):
     word = look("--word=nurse,xylophone")
-    assert "·nurse\n" in word and "the mean of" in word and word.count(" + ") == 8 == word.count(" - ")
+    assert (
+        "·nurse\n" in word and "the mean of" in word and word.count(" + ") == 8 == word.count(" - ")
+    )
     one = look("--word=nurse,teacher", "--sense=2", "--top=3")
     assert "sense 2: highest" in one and re.search(r"nurse +teacher", one)
     near = look("--similar=nurse")
     assert "all (mean)" in near and near.count("sense") == 4
     text = look("--text=The nurse said that", "--target=he", "--against=she")
-    assert "logit of ·he less that of ·she" in text and "weights in %" in text and "in tenths" in text
-    roles = look("--roles=True", "--top=3")
-    assert len(roles.split("\n")) == 6
-    for line in "".join((word, one, near, text, roles.split("\n", 1)[1])).split("\n"):
+    assert (
+        "logit of ·he less that of ·she" in text and "weights in %" in text and "in tenths" in text
+    )
+    roles = look("--roles", "--top=3")
+    assert len(roles.split("\n")) == 7
+    for line in "".join((word, one, near, text, roles)).split("\n"):
         assert len(line) <= 80, line
 
 
 def test_the_text_view_shows_the_models_numbers(look, bpe_run):
     shown = look("--text=The nurse said that", "--target=he", "--against=she", "--top=2")
-    ckpt = load_checkpoint(bpe_run)
-    model, tokenizer = Backpack.from_checkpoint(ckpt), load_tokenizer(ckpt["meta"]["tokenizer"])
+    r = open_run(bpe_run, "cpu")
+    model, tokenizer = r.model, r.tokenizer
     logits = model(torch.tensor([tokenizer.encode("The nurse said that")]))[0][0, -1]
     he, she = (word_ids(tokenizer, word)[0] for word in ("he", "she"))
     assert f"{(logits[he] - logits[she]).item():+.3f}" in shown
-    edit = look("--text=The nurse said that", "--target=he", "--against=she", "--top=2", "--edit=swap that: he -> she")
+    edit = look(
+        "--text=The nurse said that",
+        "--target=he",
+        "--against=she",
+        "--top=2",
+        "--edit=swap that: he -> she",
+    )
     assert edit != shown
 
 
 def test_pictures(look, tmp_path):
-    for args in (["--word=nurse"], ["--similar=nurse,king", "--sense=1"], ["--text=The nurse said", "--against=she"]):
+    for args in (
+        ["--word=nurse"],
+        ["--similar=nurse,king", "--sense=1"],
+        ["--text=The nurse said", "--against=she"],
+    ):
         look(*args, f"--plot={tmp_path / 'p.png'}", "--top=3")
-        assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "p.png").stat().st_size > 10000
+        assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG" and (
+            tmp_path / "p.png"
+        ).stat().st_size > 10000
     look("--word=nurse", f"--plot={tmp_path / 'p.svg'}")
-    assert "·nurse" in (tmp_path / "p.svg").read_text() or "sense 3" in (tmp_path / "p.svg").read_text()
+    assert (
+        "·nurse" in (tmp_path / "p.svg").read_text()
+        or "sense 3" in (tmp_path / "p.svg").read_text()
+    )
 
 
 def test_the_page_needs_nothing_else_and_holds_the_models_numbers(look, bpe_run, tmp_path):
@@ -121,32 +169,50 @@ def test_the_page_needs_nothing_else_and_holds_the_models_numbers(look, bpe_run,
     page = (tmp_path / "p.html").read_text()
     assert not re.search(r"https?://|<link|src=|@import|url\(", page) and len(page) < 5_000_000
     data = json.loads(re.search(r"const data = (\{.*\});", page)[1])
-    assert list(data["words"])[:2] == data["asked"] == ["nurse", "xylophone"] and len(data["words"]) > 50
-    ckpt = load_checkpoint(bpe_run)
-    model, tokenizer = Backpack.from_checkpoint(ckpt), load_tokenizer(ckpt["meta"]["tokenizer"])
+    assert (
+        list(data["words"])[:2] == data["asked"] == ["nurse", "xylophone"]
+        and len(data["words"]) > 50
+    )
+    r = open_run(bpe_run, "cpu")
+    model, tokenizer = r.model, r.tokenizer
     ids = torch.tensor([tokenizer.encode("The nurse said that")])
     assert data["text"]["ids"] == ids[0].tolist() and len(data["text"]["steps"]) == ids.size(1)
     for i, step in enumerate(data["text"]["steps"]):
         logits = model(ids)[0][0, i]
         for y, p, parts in zip(step["ids"], step["p"], step["parts"]):
-            assert abs(sum(map(sum, parts)) - logits[y]) < 0.005 * 4 * (i + 1) and abs(logits.softmax(-1)[y] - p) < 1e-4
+            assert (
+                abs(sum(map(sum, parts)) - logits[y]) < 0.005 * 4 * (i + 1)
+                and abs(logits.softmax(-1)[y] - p) < 1e-4
+            )
     top, scores, _ = data["words"]["nurse"]
     C = model.senses(torch.tensor(word_ids(tokenizer, "nurse")[0]))
-    assert top == model._logits(C).topk(8).indices.tolist() and abs(scores[0][0] - model._logits(C)[0].max()) < 0.051
+    assert (
+        top == model.logits(C).topk(8).indices.tolist()
+        and abs(scores[0][0] - model.logits(C)[0].max()) < 0.051
+    )
 
 
 def test_a_run_of_characters(run_train, capsys):
     out = run_train("--max_iters=1")
     for args in (["--word=a"], ["--similar=w"], ["--text=words a", "--target=r"]):
-        senses.main([f"--out_dir={out}", "--device=cpu", "--top=3", *args])
+        tool.main([f"--run={out}", "--device=cpu", "--top=3", *args])
     assert "logit of r" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args, message", [
-    ([], "give one of --word=..., --similar=..., --text=..."), (["--word=a", "--text=b"], "give one of"),
-    (["--word=nurse", "--sense=4"], "sense=4 must be from 0 to 3"), (["--word=nurse", "--top=0"], "top=0 must be"),
-    (["--text=The", "--target=xylophone"], "'xylophone' is"), (["--text=" + "nurse " * 40], "1 to block_size=32"),
-    (["--word=nurse", "--edit=what"], "edit 'what'"), (["--word=nurse", "--edits=no.json"], "no.json: No such file")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "give one of --word=..., --similar=..., --text=..."),
+        (["--word=a", "--text=b"], "give one of"),
+        (["--roles", "--plot=p.png"], "--plot draws --word"),
+        (["--word=nurse", "--sense=4"], "sense=4 must be from 0 to 3"),
+        (["--word=nurse", "--top=0"], "top=0 must be"),
+        (["--text=The", "--target=xylophone"], "'xylophone' is"),
+        (["--text=" + "nurse " * 40], "expected 1 to 32"),
+        (["--word=nurse", "--edit=what"], "edit 'what'"),
+        (["--word=nurse", "--edits=no.json"], "no.json: No such file"),
+    ],
+)
 def test_bad_settings(look, args, message):
     with pytest.raises(UserError) as error:
         look(*args)
@@ -155,15 +221,18 @@ def test_bad_settings(look, args, message):
 
 # ---- experiments.py
 
+
 def test_he_or_she_in_a_padded_batch(bpe_run):
-    ckpt = load_checkpoint(bpe_run)
-    model, tokenizer = Backpack.from_checkpoint(ckpt), load_tokenizer(ckpt["meta"]["tokenizer"])
+    r = open_run(bpe_run, "cpu")
+    model, tokenizer = r.model, r.tokenizer
     prompts = ["The PROFESSION said that", "A PROFESSION knows that the", "PROFESSION"]
     with torch.no_grad():
         found = experiments.he_she(model, tokenizer, prompts, PEOPLE)
         for i, noun in enumerate(PEOPLE):
             for j, prompt in enumerate(prompts):
-                p = model(torch.tensor([tokenizer.encode(prompt.replace("PROFESSION", noun))]))[0][0, -1].softmax(-1)
+                p = model(torch.tensor([tokenizer.encode(prompt.replace("PROFESSION", noun))]))[0][
+                    0, -1
+                ].softmax(-1)
                 he, she = (p[word_ids(tokenizer, word)[0]] for word in ("he", "she"))
                 assert abs(found[i, j] / max(he / she, she / he) - 1) < 1e-4
 
@@ -172,46 +241,128 @@ def test_correlation_of_ranks_is_spearmans():
     stats = pytest.importorskip("scipy.stats")
     x, y = np.random.default_rng(0).integers(5, size=(2, 40))
     ranks = stats.rankdata(x), stats.rankdata(y)
-    assert abs(experiments.correlation(*ranks, slice(None)) - stats.spearmanr(x, y).statistic) < 1e-12
+    assert abs(experiments.correlation(*ranks) - stats.spearmanr(x, y).statistic) < 1e-12
     which = np.random.default_rng(1).integers(40, size=(3, 40))
     want = [np.corrcoef(ranks[0][row], ranks[1][row])[0, 1] for row in which]
-    assert np.allclose(experiments.correlation(*ranks, which), want)
+    assert np.allclose(experiments.correlation(ranks[0][which], ranks[1][which]), want)
 
 
 def test_best_factor():
     pytest.importorskip("scipy")
-    assert abs(experiments.best_factor(lambda f: 20 * (f - 0.3) ** 2) - 0.325) < 0.02  # argmin of it and |1 - f|
+    assert (
+        abs(experiments.best_factor(lambda f: 20 * (f - 0.3) ** 2) - 0.325) < 0.02
+    )  # argmin of it and |1 - f|
     assert experiments.best_factor(lambda f: -9 * f) == 1
 
 
 def test_every_experiment_runs(bpe_run, tmp_path, capsys):
     pytest.importorskip("scipy")
-    pair = [("nurse", "teacher", 9), ("nurse", "king", 2), ("doctor", "music", 1), ("food", "sport", 4)] * 6
+    pair = [
+        ("nurse", "teacher", 9),
+        ("nurse", "king", 2),
+        ("doctor", "music", 1),
+        ("food", "sport", 4),
+    ] * 6
     for file, (separator, *columns) in experiments.SETS.items():
         rows = [["x"] * 5 for _ in range(len(pair) + 1)]
         for row, values in zip(rows[1:], pair):
             for column, value in zip(columns, values):
                 row[column] = str(value)
         (tmp_path / file).write_text("\n".join(separator.join(row) for row in rows))
-    (tmp_path / "s.json").write_text(json.dumps({"professions": PEOPLE, "topics": {"music": ["music"]}}))
-    (tmp_path / "e.json").write_text(json.dumps([{"edit": "swap", "word": "nurse", "from": "he", "to": "she"}] * 12))
-    train.main([*TINY, f"--data_dir={bpe_run.parent}", "--dataset=people", f"--out_dir={tmp_path / 'T'}", "--n_sense=0",
-                "--block_size=32"])
+    (tmp_path / "s.json").write_text(
+        json.dumps({"professions": PEOPLE, "topics": {"music": ["music"]}})
+    )
+    (tmp_path / "e.json").write_text(
+        json.dumps([{"edit": "swap", "word": "nurse", "from": "he", "to": "she"}] * 12)
+    )
+    train.main(
+        [
+            *TINY,
+            f"--data_dir={bpe_run.parent}",
+            "--dataset=people",
+            f"--out_dir={tmp_path / 'T'}",
+            "--n_sense=0",
+            "--block_size=32",
+        ]
+    )
     capsys.readouterr()
-    experiments.main([f"--out_dir={bpe_run}", "--device=cpu", f"--lexical={tmp_path}", "--bias=True", "--topics=True",
-                      f"--transformer={tmp_path / 'T'}", f"--damage={tmp_path / 'e.json'}", "--num_samples=3",
-                      f"--data_dir={bpe_run.parent}", f"--prompts={tmp_path / 's.json'}", "--max_new_tokens=10",
-                      "--n_bootstrap=20"])
+    experiments.main(
+        [
+            f"--run={bpe_run}",
+            "--device=cpu",
+            f"--lexical={tmp_path}",
+            "--bias",
+            "--topics",
+            "--words",
+            f"--transformer={tmp_path / 'T'}",
+            f"--damage={tmp_path / 'e.json'}",
+            "--num_samples=3",
+            f"--data_dir={bpe_run.parent}",
+            f"--prompts={tmp_path / 's.json'}",
+            "--max_new_tokens=10",
+            "--n_bootstrap=20",
+        ]
+    )
     out = capsys.readouterr().out
     assert "SimVerb-3500.txt, all 24 pairs" in out and "embedding" in out and "nan" not in out
     assert "4 of 4 professions are one token" in out and "its Transformer as it is" in out
-    assert "mean perplexity" in out and "edits   KL" in out
-    numbers = [float(line.split()[1]) for line in out.split("\n")[-4:-1]]  # after 1, 10, 12 edits: the same swap anew
+    assert (
+        "mean perplexity" in out and "edits   KL" in out and "by document: word perplexity" in out
+    )
+    numbers = [
+        float(line.split()[1]) for line in out.split("\n")[-5:-2]
+    ]  # after 1, 10, 12 edits: the same swap anew
     assert all(kl >= 0 for kl in numbers) and numbers[0] > 0
 
 
 def test_experiments_want_a_task(bpe_run):
     with pytest.raises(UserError, match="give one of --lexical"):
-        experiments.main([f"--out_dir={bpe_run}"])
+        experiments.main([f"--run={bpe_run}"])
     with pytest.raises(UserError, match="SimLex-999.txt: No such file"):
-        experiments.main([f"--out_dir={bpe_run}", "--lexical=nowhere"])
+        experiments.main([f"--run={bpe_run}", "--lexical=nowhere"])
+
+
+def test_word_perplexity_in_loops(bpe_run, capsys):
+    """Each document alone, after the token that ends the one before it, in windows of at most T tokens."""
+    args = [f"--run={bpe_run}", f"--data_dir={bpe_run.parent}", "--words", "--device=cpu"]
+    capsys.readouterr()
+    experiments.main(args)
+    shown = capsys.readouterr().out
+    r = open_run(bpe_run, "cpu")
+    T, end = r.model.config.block_size, r.tokenizer.end
+    text = r.tokenizer.decode(np.fromfile(bpe_run.parent / "people/val.bin", "<u2").tolist())
+    loss, words = 0.0, 0
+    for document in text.split("<|endoftext|>")[:-1]:
+        words += len(document.split())
+        ids = [end, *r.tokenizer.encode(document).tolist()]
+        last = max(0, len(ids) - 1 - T)  # where the last window starts
+        for i in range(1, len(ids)):
+            start = min((i - 1) // T * T, last)
+            with torch.no_grad():
+                logits = r.model(torch.tensor([ids[start:i]]))[0][0, -1]
+            loss -= logits.log_softmax(-1)[ids[i]].item()
+    perplexity = float(re.search(r"word perplexity ([\d.]+), ", shown)[1])
+    assert f", {words:,} words" in shown
+    assert perplexity == pytest.approx(np.exp(loss / words), abs=0.006, rel=1e-5)
+
+
+def test_word_perplexity_of_other_runs(bpe_run, run_train, data_dir, tmp_path, capsys):
+    """A Transformer has one, too; text without ends of documents has none."""
+    out = tmp_path / "T"
+    train.main(
+        [
+            *TINY,
+            f"--data_dir={bpe_run.parent}",
+            "--dataset=people",
+            f"--out_dir={out}",
+            "--n_sense=0",
+        ]
+    )
+    experiments.main([f"--run={out}", f"--data_dir={bpe_run.parent}", "--words", "--device=cpu"])
+    assert "by document: word perplexity" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no token ends the documents"):
+        experiments.main(
+            [f"--run={run_train('--max_iters=1')}", f"--data_dir={data_dir}", "--words"]
+        )
+    with pytest.raises(UserError, match="it has no senses"):
+        experiments.main([f"--run={out}", "--bias"])
