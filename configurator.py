@@ -169,7 +169,10 @@ def caught_signals():
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, *STOP_SIGNALS)}
+    numbers = {signal.SIGINT, *STOP_SIGNALS}
+    if signal.getsignal(STOP_SIGNALS[1]) is signal.SIG_IGN:  # nohup: to survive the terminal
+        numbers.discard(STOP_SIGNALS[1])
+    before = {n: signal.signal(n, on_signal) for n in numbers}
     try:
         yield caught
     finally:

@@ -10,7 +10,7 @@ This is attention with K heads whose values are the senses, summed over heads, w
 
 # Letters in shape comments: B batch, T positions, S key positions (T and those cached before), V tokens of
 # the vocabulary, R rows of E (V padded), D = n_embd, H = n_head, K = n_sense, d = n_qk (width of a sense's
-# query and key), U distinct tokens, N distinct tokens of a sequence.
+# query and key), U distinct tokens, N distinct tokens of a sequence; t, n: a part of T, of N or of rows.
 
 import math
 from dataclasses import dataclass, fields
@@ -208,7 +208,7 @@ def sum_senses(q, k, C, where, block=128):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits o E^T by chunks, so that the N x V logits are never whole."""
+    """Mean cross-entropy of the logits o E^T by chunks, so that the logits are never whole."""
 
     # The gradient of a chunk's logits is softmax - one-hot, so forward takes it while they are there: three
     # products, where recomputing them takes four. Sums are float32 whatever the type of o. The gradient
@@ -216,11 +216,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, o, E, y, vocab_size, with_grad):
-        """o (N,D), E (R,D), y (N,) with -100 where no target counts -> the loss, a float32 scalar."""
+        """o (M,D), E (R,D), y (M,) with -100 where no target counts -> the loss, a float32 scalar."""
         wide = torch.promote_types(o.dtype, torch.float32)
         W = E.to(o.dtype)  # (R,D)
         total, count = o.new_zeros((), dtype=wide), (y >= 0).sum()
-        do, dE = torch.empty_like(o), torch.zeros_like(E, dtype=wide)
+        do, dE = (torch.empty_like(o), torch.zeros_like(E, dtype=wide)) if with_grad else (o, None)
         n = max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E))  # rows of a chunk
         # one buffer for all chunks: fresh memory of this size costs a CPU as much as the arithmetic
         buffer = o.new_empty(min(n, len(o)), len(E))
@@ -324,6 +324,9 @@ class Backpack(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}")
         pos = torch.arange(past, past + T, device=idx.device)  # (T,)
+        # is_causal would align the queries with the first keys
+        if attention_mask is None and past and T > 1:
+            attention_mask = idx.new_ones(len(idx), past + T)
         if attention_mask is not None:
             pos = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]  # (B,T)
             causal = idx.new_ones(T, past + T, dtype=torch.bool).tril(past)  # (T,S)
@@ -391,7 +394,7 @@ class Backpack(nn.Module):
         """Mean cross-entropy (nats, float32) of the logits of o (B,T,D); targets (B,T), -100: not counted."""
         if torch.is_autocast_enabled(o.device.type):
             o = o.to(torch.get_autocast_dtype(o.device.type))
-        o, y = o.flatten(0, 1), targets.flatten()  # (N,D), (N,)
+        o, y = o.flatten(0, 1), targets.flatten()  # (M,D), (M,), M = B*T
         V, with_grad = self.config.vocab_size, torch.is_grad_enabled()
         return LinearCrossEntropy.apply(o, self.wte.weight, y, V, with_grad)
 
@@ -443,13 +446,11 @@ class Backpack(nn.Module):
 
     def param_groups(self, weight_decay):
         """Parameter groups for AdamW: matrices decay; biases, norms and embeddings don't (paper)."""
-        decays = {p: p.dim() >= 2 for p in self.parameters()}
-        decays |= {self.wte.weight: False, self.wpe.weight: False}
-        decay, rest = [p for p in decays if decays[p]], [p for p in decays if not decays[p]]
-        return [
-            {"params": decay, "weight_decay": weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
+        embeddings = {self.wte.weight, self.wpe.weight}
+        decays = {p: p.dim() >= 2 and p not in embeddings for p in self.parameters()}
+        decay, rest = ([p for p in decays if decays[p] == side] for side in (True, False))
+        groups = ((decay, weight_decay), (rest, 0.0))
+        return [{"params": params, "weight_decay": w} for params, w in groups]
 
     @classmethod
     def from_checkpoint(cls, source, device="cpu", **changes):
@@ -457,7 +458,7 @@ class Backpack(nn.Module):
 
         changes: fields of BackpackConfig to set otherwise. CheckpointError: missing, damaged, no fit.
         """
-        ckpt = source if isinstance(source, dict) else load_checkpoint(source, device)
+        ckpt = source if isinstance(source, dict) else load_checkpoint(source, mmap=True)
         try:
             with torch.device("meta"):  # no memory, no initialisation: the weights come later
                 model = cls(BackpackConfig(**ckpt["config"] | changes))

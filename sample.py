@@ -53,17 +53,19 @@ def open_run(run=None, device="auto", edits=None, edit="", senses=True):
 
     run: a run folder or a checkpoint file; None: newest_run, which is then named on stderr. edits: a
     JSON file of edits; edit: more of them as text. senses: refuse a run without senses. Returns a
-    namespace: path, ckpt, model (in eval mode, with the edits), tokenizer (None if the run has none),
+    namespace: path, ckpt (without tensors), model (with the edits), tokenizer (None if the run has none),
     device, edits (a list). UserError, CheckpointError: one of these is missing or bad.
     """
     device = pick_device(device)
     path = Path(run) if run else newest_run(senses)
     if not run:
         print(f"run: {path}", file=sys.stderr)
-    ckpt = load_checkpoint(path)
+    ckpt = load_checkpoint(path, mmap=True)
     if senses and not ckpt["config"]["n_sense"]:
         raise UserError(f"{path} is a plain Transformer (n_sense=0): it has no senses")
     model, spec = Backpack.from_checkpoint(ckpt, device), ckpt["meta"]["tokenizer"]
+    # without the tensors, which are pages of a file that the caller may want to write
+    ckpt = {key: value for key, value in ckpt.items() if key not in ("model", "optimizer")}
     with_edits = bool(edits or edit)
     tokenizer = load_tokenizer(spec) if spec or with_edits else None
     listed = []

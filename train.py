@@ -37,9 +37,7 @@ class Settings(BackpackConfig):
     dataset: str = "openwebtext"  # a folder of data_dir that prepare_data.py made
     data_dir: str = "data"  # where datasets lie
     out_dir: str = "out/backpack_small"  # the run: ckpt.pt, config.json, metrics.jsonl
-    init_from: str = (
-        "scratch"  # scratch; resume: the run in out_dir; or PATH: another run's weights
-    )
+    init_from: str = "scratch"  # scratch; resume: the run in out_dir; PATH: another run's weights
     overwrite: bool = False  # start from scratch over the run in out_dir
     tokens_per_step: int = 524288  # batch size in tokens per optimizer step, over all ranks
     batch_size: int = 16  # sequences per rank and micro-batch (fewer if a step has fewer)
@@ -53,7 +51,7 @@ class Settings(BackpackConfig):
     beta2: float = 0.999  # of AdamW
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     transformer_share: float = (
-        0.0  # share of the Transformer's own loss, falling linearly to 0 (ours)
+        0.0  # of the Transformer's own loss in training's, falling to 0 (ours)
     )
     eval_interval: int = 1000  # steps between evaluations, each with a checkpoint
     eval_iters: int = 4  # evaluate on this many times tokens_per_step, evenly spaced over val.bin
@@ -72,10 +70,9 @@ class Settings(BackpackConfig):
 
 
 MODEL_KEYS = [f.name for f in fields(BackpackConfig)]
-# of these, what may differ from a checkpoint's; what is never taken from one; what overwrite replaces
-FREE_KEYS = ("dropout", "grad_checkpoint", "init_std")
-CALL_KEYS = ("init_from", "overwrite", "out_dir", "eval_only")
-RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")
+FREE_KEYS = ("dropout", "grad_checkpoint", "init_std")  # these may differ from a checkpoint's
+CALL_KEYS = ("init_from", "overwrite", "out_dir", "eval_only")  # never taken from a checkpoint
+RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")  # what --overwrite replaces
 
 
 def take_settings(s, sources, ckpt):
@@ -101,6 +98,8 @@ def setting_problems(s, world):
     fits = s.batch_size > 0 and (not whole or not mine % min(s.batch_size, mine))
     need(fits, f"batch_size={s.batch_size} must divide the {mine} sequences of a rank in a step")
     need(s.grad_clip >= 0, f"grad_clip={s.grad_clip} must be at least 0 (0: no clipping)")
+    one = world == 1 or not s.device.startswith("cuda:")
+    need(one, f"device={s.device} is for one process: torchrun gives each rank its own")
     share = s.transformer_share
     need(0 <= share <= 1, f"transformer_share={share} must be from 0 to 1")
     need(s.schedule in ("linear", "cosine"), f"schedule={s.schedule!r}: expected linear or cosine")
@@ -113,11 +112,9 @@ def setting_problems(s, world):
 
 def data_problems(s, data, ckpt, init):
     """A line for each thing in which the dataset does not fit the settings or the checkpoint."""
-    problems, sizes = [], [len(data[0]), len(data[1])]
-    if sizes[0] <= s.block_size or sizes[1] < 2:
-        problems.append(
-            f"{s.dataset} is too short for block_size={s.block_size}: of {sizes} tokens"
-        )
+    problems, size = [], [len(data[0]), len(data[1])]
+    if size[0] <= s.block_size or size[1] < 2:
+        problems.append(f"{s.dataset} is too short for block_size={s.block_size}: of {size} tokens")
     # get_batch checks what lies further on
     top = max(int(part[: 10**8].max()) for part in data[:2])
     if top >= s.vocab_size:
@@ -132,8 +129,9 @@ def run_problems(s, ckpt, init, out):
     """A line for each thing in which the checkpoint and the run's folder do not fit the settings."""
     problems, resume = [], s.init_from == "resume"
     for key, value in ckpt["config"].items() if ckpt else ():
-        if key not in FREE_KEYS and getattr(s, key) != value:
-            problems.append(f"{key}={getattr(s, key)}, but the checkpoint has {value}")
+        if key not in FREE_KEYS and getattr(s, key, None) != value:
+            mine = getattr(s, key, "unknown here")
+            problems.append(f"{key}={mine}, but the checkpoint has {value}")
     if resume and "optimizer" not in ckpt and not s.eval_only:
         hint = f"finetune them with --init_from={out} and another --out_dir"
         problems.append(f"{out} has weights only: {hint}")
@@ -158,12 +156,15 @@ def load_data(data_dir, dataset):
         if meta["dtype"] not in ("uint16", "uint32"):
             what = f"dtype={meta['dtype']!r}, expected uint16 or uint32"
             raise UserError(f"{folder / 'meta.json'}: {what}: make the dataset again")
+        meta["vocab_size"], meta["tokenizer"]  # KeyError: not ours
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         return *(np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val")), meta
     except FileNotFoundError:
         hint = f"make it with python prepare_data.py --dataset={dataset}"
         raise UserError(f"no dataset at {folder}: {hint}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} is no dataset of prepare_data.py: {error!r}") from None
 
 
@@ -201,11 +202,11 @@ def lr_at(s, step):
     return s.min_lr + share * (s.learning_rate - s.min_lr)
 
 
-def share_at(s, step):
+def share_at(s, step, device="cpu"):
     """The share of the Transformer's own loss in a step's loss, a scalar tensor; None: it has none."""
     if not (s.transformer_share and s.n_sense):
         return None
-    return torch.tensor(s.transformer_share * (1 - step / s.max_iters))
+    return torch.tensor(s.transformer_share * (1 - step / s.max_iters), device=device)
 
 
 def flops_per_token(model, distinct_share):
@@ -262,7 +263,7 @@ def load_optimizer(optimizer, saved):
         fits = False
     if not fits:
         what = "the checkpoint's optimizer state does not fit its weights"
-        raise CheckpointError(f"{what}: --init_from=PATH takes these")
+        raise CheckpointError(f"{what}: start a new run from its weights with --init_from=PATH")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for p, moments in optimizer.state.items():  # in memory of their own, not pages of the file
         for name, value in moments.items():
@@ -285,10 +286,8 @@ def main(argv):
     s, sources = configure(Settings, argv, __doc__)
     master = int(os.environ.get("RANK", 0)) == 0
     writes = master and not s.eval_only
-    with (
-        hold(s.out_dir) if writes else contextlib.nullcontext(),
-        configurator.caught_signals() as stop,
-    ):
+    lock = hold(s.out_dir) if writes else contextlib.nullcontext()
+    with lock, configurator.caught_signals() as stop:
         try:
             train(s, sources, stop)
         except torch.OutOfMemoryError as error:
@@ -390,7 +389,7 @@ def train(s, sources, stop):
     def micro_step(net, batch, share):
         """Forward and backward of a micro-batch; returns its loss, on the device."""
         x, y, distinct = batch
-        if net is not model:
+        if compiled:
             # one graph for any number of distinct tokens
             torch._dynamo.mark_dynamic(distinct[0], 0)
         with autocast(device, dtype):
@@ -402,10 +401,12 @@ def train(s, sources, stop):
     batch = get_batch(train_data, probe, T, device, s.vocab_size)
     distinct_share = len(batch[2][0]) / batch[0].numel()
     net = model
-    if s.compile or (s.compile is None and device.type == "cuda"):
+    compiled = s.compile if s.compile is not None else device.type == "cuda"
+    if compiled and not s.eval_only:
+        torch._dynamo.config.optimize_ddp = False  # one graph, the one that is compiled here
         try:  # it compiles at the first call
             net = torch.compile(model)
-            micro_step(net, batch, share_at(s, step))
+            micro_step(net, batch, share_at(s, step, device))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C compiler, an old GPU, ...: training works without it
@@ -413,7 +414,7 @@ def train(s, sources, stop):
             say(f"training without torch.compile, which fails here: {reason}")
             net = model
         model.zero_grad()
-    if world > 1:
+    if world > 1 and not s.eval_only:
         devices = [device] if device.type == "cuda" else None
         net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
 
@@ -478,15 +479,15 @@ def train(s, sources, stop):
             wandb_run.log(figures, step=step)
 
     def diverged(what):
-        at = "was not yet written" if saved is None else f"is of step {saved}"
+        kept = f"The checkpoint in {out}, of step {saved}, stays"
+        kept = "No checkpoint was written" if saved is None else kept
         hint = "try a lower learning_rate or a longer warmup_iters"
-        return UserError(f"step {step}: {what}. The checkpoint in {out} {at}, and stays; {hint}")
+        return UserError(f"step {step}: {what}. {kept}; {hint}")
 
     def save(name="ckpt.pt"):
         nonlocal saved
         if not all(p.isfinite().all() for p in model.parameters()):  # true of all ranks or of none
             raise diverged("the weights are no longer finite")
-        saved = step
         if master:
             parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -494,12 +495,11 @@ def train(s, sources, stop):
             rng = {"seed": s.seed, "step": step}  # batches and dropout are functions of these
             about |= {"rng": rng, "best": best, "wandb_id": wandb_id}
             save_checkpoint(out / name, states | about)
+        saved = step if name == "ckpt.pt" else saved
 
     # ---- loop; its last pass only evaluates and saves
-    flops, peak = (
-        sum(flops_per_token(model, distinct_share).values()),
-        configurator.peak_flops(device, dtype),
-    )
+    flops = sum(flops_per_token(model, distinct_share).values())
+    peak = configurator.peak_flops(device, dtype)
     first_step, began, times, stopping = step, None, deque(maxlen=s.log_interval), False
     while not stopping:
         if step % s.eval_interval == 0 or step == s.max_iters:
@@ -529,7 +529,7 @@ def train(s, sources, stop):
             batch = get_batch(train_data, starts[i, rank], T, device, s.vocab_size)
             if world > 1:  # as DDP's no_sync(): gradients meet once a step
                 net.require_backward_grad_sync = i == accum - 1
-            total += micro_step(net, batch, share_at(s, step))
+            total += micro_step(net, batch, share_at(s, step, device))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
         # the exact mean over micro-batches and ranks; and has any rank been told to stop?
@@ -543,10 +543,8 @@ def train(s, sources, stop):
 
         times.append(time.perf_counter() - start)
         if step % s.log_interval == 0 or step == s.max_iters:
-            speed, memory = (
-                s.tokens_per_step * len(times) / sum(times),
-                configurator.peak_memory(device),
-            )
+            speed = s.tokens_per_step * len(times) / sum(times)
+            memory = configurator.peak_memory(device)
             mfu = speed * flops / peak / world if peak else None
             seconds = time.perf_counter() - began
             left = seconds / (step - first_step) * (s.max_iters - step)

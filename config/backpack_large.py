@@ -11,7 +11,7 @@ block_size = 512
 n_layer, n_head, n_embd, n_sense = 36, 20, 1280, 16
 
 tokens_per_step = 512 * 1024
-batch_size = 16  # sequences per GPU and micro-step
+batch_size = 16  # sequences per GPU and micro-batch
 max_iters = 100_000
 learning_rate, min_lr, schedule = 0.00025, 2.5e-05, "cosine"
 warmup_iters = 2000

@@ -12,7 +12,7 @@ n_layer, n_head, n_embd, n_sense = 48, 25, 1600, 16
 grad_checkpoint = True  # fits 80 GB
 
 tokens_per_step = 512 * 1024
-batch_size = 16  # sequences per GPU and micro-step
+batch_size = 16  # sequences per GPU and micro-batch
 max_iters = 100_000
 learning_rate, min_lr, schedule = 0.0002, 2e-05, "cosine"
 warmup_iters = 2000

@@ -14,4 +14,4 @@ n_layer, n_head, n_embd, n_sense = 12, 12, 768, 0
 dropout = 0.1
 
 tokens_per_step = 512 * 1024
-batch_size = 16  # sequences per GPU and micro-step
+batch_size = 16  # sequences per GPU and micro-batch

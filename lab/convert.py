@@ -36,7 +36,7 @@ CHOICES = {
 }
 IMPORT_KEYS = ("layout", "n_head", "n_sense", "tokenizer", "trust_pickle")  # a run knows these
 # what a new run replaces or removes in its folder
-RUN_FILES = ("ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json")
+REPLACED_FILES = ("ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json")
 
 
 @dataclass
@@ -120,7 +120,7 @@ def read_tensors(path, trust_pickle=False):
     return found
 
 
-def read_json(path):
+def json_object(path):
     """The JSON object in a file; {} if there is none. UserError: it is something else."""
     if not path.is_file():
         return {}
@@ -179,7 +179,7 @@ def read_run(source):
 def read_weights(s):
     """(a checkpoint of weights that others saved, the edits of an export). UserError."""
     path, files = find_files(s.source)
-    described = read_json(path / "config.json")
+    described = json_object(path / "config.json")
     tensors, sha256 = {}, {}
     for file in files:
         tensors |= read_tensors(file, s.trust_pickle)
@@ -213,7 +213,7 @@ def read_weights(s):
     if s.tokenizer == "gpt2" or (s.tokenizer is None and config.vocab_size == 50257):
         spec = {"kind": "gpt2"}
     elif s.tokenizer is None:
-        spec = from_transformers(read_json(path / "tokenizer.json"), config.vocab_size)
+        spec = from_transformers(json_object(path / "tokenizer.json"), config.vocab_size)
     source = {"name": s.source, "layout": layout, "sha256": sha256, "report": report}
     source["rows"] = config.vocab_size if layout == "hf" else rows
     ckpt = {
@@ -247,7 +247,7 @@ def check_dest(s):
     found = [path.name for path in sorted(dest.iterdir()) if path.name != ".lock"]
     if s.to == "run":  # an empty log is what a run leaves that ends before its first step
         log = dest / "metrics.jsonl"
-        found = [name for name in RUN_FILES if name in found]
+        found = [name for name in REPLACED_FILES if name in found]
         if "metrics.jsonl" in found and not log.stat().st_size:
             found.remove("metrics.jsonl")
     if found and not s.overwrite:
@@ -258,7 +258,7 @@ def check_dest(s):
 
 def write_run(dest, ckpt, edits, metrics):
     save_checkpoint(dest / "ckpt.pt", ckpt)  # whole or not at all
-    for name in RUN_FILES[1:]:  # of the run before
+    for name in REPLACED_FILES[1:]:  # of the run before
         (dest / name).unlink(missing_ok=True)
     if edits:
         (dest / "edits.json").write_text(json.dumps(edits))

@@ -63,12 +63,12 @@ class Settings:
 def parse(text):
     """Edits as text, separated by ; -> a list of dicts. UserError: one that can't be read."""
     edits = []
-    for part in text.split(";"):
+    for part in re.split(r';(?=(?:[^"]*"[^"]*")*[^"]*$)', text):  # not in double quotes
         part = part.strip()
         if not part:
             continue
         name, _, rest = part.partition(" ")
-        pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>\\S+)", FORMS.get(name, ""))
+        pattern = re.sub(r"\{(\w+)\}", r'(?P<\1>"[^"]+"|\\S+)', FORMS.get(name, ""))
         match = re.fullmatch(pattern, rest.strip())
         if name not in FORMS or not match:
             forms = "; ".join(f"{name} {form}" for name, form in FORMS.items())
@@ -76,9 +76,8 @@ def parse(text):
             raise UserError(f"edit {part!r}: expected one of: {forms}")
         edit = {"edit": name} | match.groupdict()
         for key in {"sense", "factor", "strength", "by_sense"} & edit.keys():
-            with contextlib.suppress(
-                ValueError
-            ):  # what stays text is "all" or refused by make_edits
+            # what stays text is "all" or refused by make_edits
+            with contextlib.suppress(ValueError):
                 edit[key] = json.loads(edit[key])
         edits.append(edit)
     return edits

@@ -21,6 +21,11 @@ CODE = (
 )  # copied as is
 
 
+# what only some exports write, or did in November 2026: --overwrite removes those of the export before
+OPTIONAL = {"modeling_backpack.py", "control.py", "model.py", "weighted_sum.py", "checkpoints.py"}
+OPTIONAL |= {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
 def cast(tensors, dtype):
     """The tensors with floating-point ones in a type given by name; "keep": as they are."""
     if dtype == "keep":
@@ -30,7 +35,7 @@ def cast(tensors, dtype):
 
 
 def export(s, ckpt, edits, metrics, dtype):
-    """Write a checkpoint in the layout s.to into the folder s.dest, whole or not at all.
+    """Write a checkpoint in the layout s.to into the folder s.dest, each file whole.
 
     edits: the list it came with; those of the file s.edits are added. metrics: its training's records.
     dtype: see cast. UserError: a package is missing, or the layout can't express the model.
@@ -63,8 +68,11 @@ def export(s, ckpt, edits, metrics, dtype):
             (folder / "README.md").write_text(card(Path(s.source), ckpt, model, edits, metrics))
             for path in CODE:
                 shutil.copy(path, folder)
-        for file in sorted(folder.iterdir()):
-            file.replace(dest / file.name)
+        made = {file.name for file in folder.iterdir()}
+        for name in OPTIONAL - made:
+            (dest / name).unlink(missing_ok=True)
+        for name in sorted(made):
+            (folder / name).replace(dest / name)
     print(f"{dest}: {len(tensors)} tensors in the layout {s.to}")
     for edit in edits:
         print(f"  {describe(edit)}")

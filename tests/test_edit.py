@@ -403,3 +403,12 @@ def test_bad_examples(run_train, data_dir, tmp_path, text, message):
                 f"--teach={tmp_path / 'x.jsonl'}",
             ]
         )
+
+
+def test_words_in_double_quotes_may_hold_spaces_and_semicolons():
+    edits = parse('scale " river" 4 0; swap "a;b": " x" -> y')
+    assert edits == [
+        {"edit": "scale", "word": '" river"', "sense": 4, "factor": 0},
+        {"edit": "swap", "word": '"a;b"', "from": '" x"', "to": "y"},
+    ]
+    assert [edit for listed in edits for edit in parse(describe(listed))] == edits

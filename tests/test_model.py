@@ -503,3 +503,12 @@ def test_the_loss_and_its_gradients_in_16_bits(mode, dtype, scale):
     assert all(
         math.prod(shape) < 16 * 128 * 8190 for shape in kept
     )  # no logits are kept for backward
+
+
+@pytest.mark.parametrize("n_sense", [0, 3])
+def test_several_tokens_may_follow_a_cache(n_sense):
+    model, idx = build(n_sense=n_sense), ids(2, 11)
+    cache, parts = model_file.Cache(16), []
+    for part in idx.split((4, 6, 1), 1):
+        parts.append(model.output(part, cache=cache)[0])
+    assert torch.allclose(torch.cat(parts, 1), model.output(idx)[0], atol=1e-5)

@@ -85,7 +85,8 @@ def test_readability_of_senses_that_are_known(tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
     DATA.tofile(tmp_path / "d/train.bin")
     DATA.tofile(tmp_path / "d/val.bin")
-    (tmp_path / "d/meta.json").write_text(json.dumps({"dtype": "uint16"}))
+    meta = {"dtype": "uint16", "vocab_size": 40, "tokenizer": None}
+    (tmp_path / "d/meta.json").write_text(json.dumps(meta))
     tokenizer = load_tokenizer({"kind": "char", "chars": "".join(map(chr, range(48, 88)))})
     ckpt = {"settings": {"dataset": "d"}}
     opened = SimpleNamespace(model=model, tokenizer=tokenizer, ckpt=ckpt)

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, records
 from torch.nn import functional as F
 
+import configurator
 import model as model_file
 import sample
 import train
@@ -585,7 +586,7 @@ def test_a_run_that_diverges_keeps_its_last_finite_checkpoint(run_train, tmp_pat
         run_train("--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0", *args)
     ckpt = load_checkpoint(tmp_path / "run")
     assert all(p.isfinite().all() for p in ckpt["model"].values())
-    assert f"The checkpoint in {tmp_path / 'run'} is of step {ckpt['step']}, and stays" in str(
+    assert f"The checkpoint in {tmp_path / 'run'}, of step {ckpt['step']}, stays" in str(
         error.value
     )
     assert all(map(np.isfinite, records(tmp_path / "run", "val_loss").values()))
@@ -604,7 +605,7 @@ def test_weights_that_are_not_finite_are_not_saved(run_train, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     with pytest.raises(
-        UserError, match="the weights are no longer finite. The checkpoint in .* is of step 4"
+        UserError, match="the weights are no longer finite. The checkpoint in .*, of step 4, stays"
     ):
         run_train("--init_from=resume", "--max_iters=5", "--eval_interval=5")
     assert (out / "ckpt.pt").read_bytes() == before
@@ -866,3 +867,24 @@ def test_the_whole_command_line_fails_with_one_line(tmp_path):
             and done.stderr.count("\n") == 1
         )
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_run_under_nohup_survives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with configurator.caught_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_checkpoint_with_a_field_of_another_branch(run_train):
+    out = run_train()
+    ckpt = torch.load(out / "ckpt.pt")
+    ckpt["config"]["rope"] = True
+    torch.save(ckpt, out / "ckpt.pt")
+    with pytest.raises(UserError, match="rope=unknown here, but the checkpoint has True"):
+        run_train("--init_from=resume", "--max_iters=20")
