@@ -28,13 +28,13 @@ from model import Backpack, BackpackConfig, contextualize, load_checkpoint, sum_
 class Settings:
     config: str = "config/shakespeare_char.py"  # network and dataset: a config file, or a run
     dataset: str | None = None  # None: the config's
-    data_dir: str = "data"
+    data_dir: str = "data"  # where datasets lie
     batch_size: int | None = None  # sequences of a step; None: the config's
     block_size: int | None = None  # None: the config's
     n_sense: int | None = None  # None: the config's
     dropout: float = 0.0  # whatever the config's
-    runs: int = 7
-    warmup: int = 2
+    runs: int = 7  # timed runs of each variant
+    warmup: int = 2  # runs before them that don't count
     dense: bool = True  # also measure the dense formula and recomputing in generation: slow
     generate: int = 1  # sequences generated at once, to the full context; 0: no generation
     memory: bool = True  # also measure peak memory, in a new process for each variant

@@ -51,12 +51,12 @@ class Settings:
     max_kl: float = 0.002  # ... or before other text changes by more than this, in nats per token
     kl_weight: float = 1.0  # weight of that change in the loss
     elsewhere: float = 1000.0  # how strongly use in other text speaks against a vector
-    learning_rate: float = 0.03
+    learning_rate: float = 0.03  # of Adam, in teaching
     steps: int = 150  # at most
     dataset: str | None = None  # other text comes from its val.bin; None: the run's own dataset
-    data_dir: str = "data"
+    data_dir: str = "data"  # where datasets lie
     n_window: int = 64  # windows of other text
-    seed: int = 1337
+    seed: int = 1337  # of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
 
 

@@ -48,10 +48,10 @@ class Settings:
     transformer: str | None = None  # with bias: a run with n_sense=0 whose embeddings are changed
     num_samples: int = 20  # with topics: texts for each topic and strength
     max_new_tokens: int = 100  # ... and their length
-    n_bootstrap: int = 1000
+    n_bootstrap: int = 1000  # bootstrap samples for the intervals
     dataset: str | None = None  # with damage or words: text of its val.bin; None: the run's dataset
-    data_dir: str = "data"
-    seed: int = 1337
+    data_dir: str = "data"  # where datasets lie
+    seed: int = 1337  # of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
 
 
