@@ -192,9 +192,8 @@ def read_weights(s):
     if s.n_sense and "sense_qk.weight" in state:
         raise UserError(f"n_sense={s.n_sense}: these weights have senses of their own")
     try:
-        if (
-            layout == "hf"
-        ):  # its config.json has all fields, also those of exports before 2026-11-24
+        # our own config.json has all fields, also those of exports before 2026-11-24
+        if layout == "hf":
             old = upgrade({"model": state, "config": described})
             state, config = old["model"], BackpackConfig(**old["config"])
         else:

@@ -223,9 +223,8 @@ def main(argv):
             raise UserError(f"remove={s.remove}: there are {len(edits)} edits")
         del edits[s.remove - 1]
     edits += parse(s.edit)
-    make_edits(
-        r.model, r.tokenizer, edits
-    )  # raises for what doesn't fit, before anything is written
+    # raises for what doesn't fit, before anything is written
+    make_edits(r.model, r.tokenizer, edits)
     if s.teach:
         examples = read_examples(s.teach)
         text = validation_windows(r, s.dataset, s.data_dir, s.n_window)  # (n_window,T+1)

@@ -14,13 +14,8 @@ from model import Backpack
 from tokenizer import END, UNKNOWN, byte_characters, load_tokenizer, require
 
 HERE = Path(__file__).parent
-CODE = (
-    HERE.parent / "model.py",
-    HERE / "control.py",
-    HERE / "modeling_backpack.py",
-)  # copied as is
-
-
+# copied as they are
+CODE = (HERE.parent / "model.py", HERE / "control.py", HERE / "modeling_backpack.py")
 # what only some exports write, or did in November 2026: --overwrite removes those of the export before
 OPTIONAL = {"modeling_backpack.py", "control.py", "model.py", "weighted_sum.py", "checkpoints.py"}
 OPTIONAL |= {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -464,9 +464,17 @@ def loss_head(vocab_size=8190):
     return model.loss, model.wte.weight, o.requires_grad_(), y
 
 
-@pytest.mark.parametrize("mode", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    "dtype, scale", [(torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 65536)]
+    "mode, dtype, scale",
+    [
+        ("eager", torch.float32, 1),
+        ("eager", torch.bfloat16, 1),
+        ("eager", torch.float16, 65536),
+        ("aot_eager", torch.bfloat16, 1),
+        ("inductor", torch.float32, 1),
+        ("inductor", torch.bfloat16, 1),
+        ("inductor", torch.float16, 65536),
+    ],
 )
 def test_the_loss_and_its_gradients_in_16_bits(mode, dtype, scale):
     loss, E, o, y = loss_head()
