@@ -74,7 +74,8 @@ assert net.generate(tokens[:1, :4], 30, top_k=5).shape == (1, 34)
 net = model.Backpack.from_checkpoint(checkpoint)
 idx = torch.arange(8)[None]
 torch.save((net(idx)[0], net.generate(idx, 20, temperature=0)), "out.pt")
-of_project = [m for m in sys.modules.values() if (getattr(m, "__file__", "") or "").startswith(root)]
+files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
+of_project = [f for f in files if f.startswith(root) and "site-packages" not in f]
 assert not of_project, of_project
 """
 
