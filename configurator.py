@@ -1,16 +1,18 @@
 """Settings of every script: `[config/file.py ...] [--key=value ...]` and --help.
 
 A script's settings are a dataclass: names, types, defaults, and on each line a comment, which --help
-prints. A config file is Python that assigns to these names. Later sources override earlier ones. Here
-is also what all scripts need of the machine: locked folders, signals, one-line errors, and the choice
-of a device, which alone imports torch.
+prints; that of a number begins with the interval in which it must lie. A config file is Python that
+assigns to these names. Later sources override earlier ones. Here is also what all scripts need of the
+system: files that are whole and of the expected shape, locked folders, signals, one-line errors.
 """
 
 import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
+import json
 import os
 import re
 import runpy
@@ -22,6 +24,19 @@ from pathlib import Path
 
 # by these a scheduler stops a run: it may send them to all processes, and repeatedly; Windows has no SIGHUP
 STOP_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+
+
+# torch's threads on a CPU spin while they wait for each other, which on a busy machine takes the time that
+# the others need (5 to 18 times slower). OpenMP reads this when torch is imported; yours goes first.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+def _excepthook(kind, error, trace):
+    if kind is not KeyboardInterrupt:  # which needs no traceback, also while torch is imported
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _excepthook
 
 
 class UserError(ValueError):
@@ -58,7 +73,7 @@ def configure(settings, argv, doc=""):
                 near = difflib.get_close_matches(key, values, n=1, cutoff=0.5)
                 hint = f": did you mean {near[0]!r}?" if near else ";"
                 raise UsageError(f"unknown key {key!r} ({source}){hint} --help lists all")
-            values[key], sources[key] = _typed(key, value, hints[key], source), source
+            values[key], sources[key] = checked(settings, key, value, source), source
     return types.SimpleNamespace(**values), sources
 
 
@@ -68,10 +83,12 @@ def read_config(path):
         raise UsageError(f"{path}: no such config file (settings are given as --key=value)")
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # a config file may raise anything
+    except (Exception, SystemExit) as error:  # a config file may raise anything
         line = getattr(error, "lineno", None)
         line = line or inspect.getinnerframes(error.__traceback__)[-1].lineno
-        raise UsageError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        raise UsageError(
+            f"{path}, line {line}: {type(error).__name__}: {str(error)[:200]}"
+        ) from None
     return {
         key: value
         for key, value in names.items()
@@ -94,32 +111,65 @@ def _read_flag(arg, following, hints):
     return {key: "True"}  # configure refuses unknown keys
 
 
-def _typed(key, value, hint, source):
-    """The value in its declared type; the command line's text is read as Python, unless it is a str."""
+def checked(settings, key, value, source):
+    """The value of a setting in its declared type and range; text of the command line is read as Python.
+
+    source: where it was set. UsageError: another type, or outside the interval that --help shows.
+    """
+    hint = typing.get_type_hints(settings)[key]
+    if typing.get_origin(hint) is typing.Literal:
+        names = typing.get_args(hint)
+        if value not in names:
+            raise UsageError(f"{key}={_short(value)} ({source}): expected {' or '.join(names)}")
+        return value
     allowed = typing.get_args(hint) or (hint,)
-    if source == "command line":
-        if str in allowed:
-            return None if value == "None" and type(None) in allowed else value
-        with contextlib.suppress(ValueError, SyntaxError):  # if it stays text, it is refused below
+    if source == "command line" and str in allowed:
+        value = None if value == "None" and type(None) in allowed else value
+    elif source == "command line":
+        # if it stays text, it is refused below
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
     if type(value) is int and float in allowed and int not in allowed:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else value
+    found = f"{key}={_short(value)} ({source})"
     if type(value) not in allowed:
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        raise UsageError(f"{key}={value!r} ({source}): expected {names}")
+        raise UsageError(f"{found}: expected {names}")
+    if type(value) is str and (SURROGATE.search(value) or "\0" in value):
+        raise UsageError(f"{found}: expected text in UTF-8")
+    interval = re.match(r"([\[(])(\S+), (\S+)[\])]", comments(settings).get(key, ""))
+    if interval and type(value) in (int, float):
+        low, high = float(interval[2]), float(interval[3])
+        above = low <= value if interval[1] == "[" else low < value
+        below = value <= high if interval[0][-1] == "]" else value < high
+        if not (above and below):  # nan is neither
+            raise UsageError(f"{found}: expected a number in {interval[0]}")
     return value
 
 
-def help_text(settings, doc=""):
-    """doc, and a line per setting: its default, and its comment in the source."""
-    comments = {}
+def _short(value, most=60):
+    """repr(value), cut to a length that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+@functools.cache
+def comments(settings):
+    """{setting: its comment in the source}, of a dataclass and those that it inherits from."""
+    found = {}
     for cls in reversed(settings.__mro__[:-1]):
         # ruff format puts a default whose line is too long on a line of its own, in parentheses
         pattern = r"^    (\w+):[^#\n]*?(?:\(\n[^#\n]*)?#\s*(.*)$"
-        comments |= dict(re.findall(pattern, inspect.getsource(cls), re.M))
+        found |= dict(re.findall(pattern, inspect.getsource(cls), re.M))
+    return found
+
+
+def help_text(settings, doc=""):
+    """doc, and a line per setting: its default, its choices, and its comment in the source."""
     rows = [(f"--{f.name}={f.default}", f.name) for f in dataclasses.fields(settings)]
     width = max(len(flag) for flag, _ in rows if len(flag) < 34)
-    lines = [f"{flag:{width}}  {comments.get(name, '')}".rstrip() for flag, name in rows]
+    said = comments(settings)
+    lines = [f"{flag:{width}}  {said.get(name, '')}".rstrip() for flag, name in rows]
     title = "settings and their defaults, as [config/file.py ...] [--key=value ...]:"
     return "\n".join([doc.strip(), "", title, *lines])
 
@@ -128,6 +178,117 @@ def changed(values, sources):
     """A line for each setting that was set: its value, and where it was set."""
     lines = [f"  {key} = {getattr(values, key)!r}  ({source})" for key, source in sources.items()]
     return "\n".join(lines)
+
+
+# ---- files
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # Python's stand-ins for bytes that are not UTF-8
+KINDS = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number"}
+
+
+def read_text(path):
+    """The text of a file in UTF-8, with \\n for \\r\\n. UserError: it is missing or not in UTF-8."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise UserError(f"{path} is not UTF-8: {what}; convert it first") from None
+    return text.replace("\r\n", "\n")
+
+
+def _refuse(name):
+    raise ValueError(f"{name} is no number")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
+def parse_json(text, shape, where):
+    """The value that a JSON text says, if it has this shape; see expect. where: named in errors."""
+    try:
+        value = DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where} is not JSON: {reason}") from None
+    return expect(value, shape, where)
+
+
+def read_json(path, shape):
+    """The value in a JSON file, if it has this shape. UserError: it is missing, damaged or otherwise."""
+    return parse_json(read_text(path), shape, path)
+
+
+def read_jsonl(path, shape):
+    """The values on the lines of a JSONL file; blank lines count for nothing. UserError: as read_json."""
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [parse_json(text, shape, f"{path}, line {n}") for n, text in lines if text.strip()]
+
+
+def expect(value, shape, where):
+    """value, if it has this shape. UserError: it has not; the message has where, found and expected.
+
+    A shape is a type (float: any finite number; str: text that UTF-8 can express), [shape] for a list,
+    {key: shape} for a dict that has these keys (one that ends in "?" may be missing or None), or a set of
+    texts, one of which it must be.
+    """
+    if isinstance(shape, set):
+        if not (type(value) is str and value in shape):
+            names = " or ".join(sorted(shape))
+            raise UserError(f"{where}: found {_short(value)}, expected {names}")
+        return value
+    kind = shape if isinstance(shape, type) else type(shape)
+    fine = type(value) is kind or (kind is float and type(value) is int)
+    if kind is str and fine:
+        fine = value.isascii() or not SURROGATE.search(value)
+    elif kind in (int, float) and fine:
+        fine = abs(value) < (2**63 if kind is int else 1e300)
+    if not fine:
+        raise UserError(f"{where}: found {_short(value)}, expected {KINDS[kind]}")
+    if isinstance(shape, list):
+        for n, part in enumerate(value, 1):
+            expect(part, shape[0], f"{where}, entry {n}")
+    elif isinstance(shape, dict):
+        for key, part in shape.items():
+            name, optional = key.rstrip("?"), key.endswith("?")
+            if name not in value and not optional:
+                raise UserError(f"{where}: found {_short(value)}, expected {name!r} in it")
+            if not (optional and value.get(name) is None):
+                expect(value[name], part, f"{where}, {name}")
+    return value
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write; it takes the place of path once all of it is on disk.
+
+    UserError: that failed, as on a full disk; path is as before, and nothing is left behind."""
+    path = Path(os.path.realpath(path))  # a link stays one
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        kept = "; the file before it is whole" if path.is_file() else ""
+        raise UserError(
+            f"could not write {path} ({reason}){kept}: make room or choose another place"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file as UTF-8, whole or not at all; see replacing."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -182,91 +343,18 @@ def caught_signals():
 
 def run(main):
     """Run a script's main(argv); an error of the user's or with a file is one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal can't show is no reason to stop
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # as of `| head`; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (UserError, OSError) as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
-        print(f"{Path(sys.argv[0]).name}{rank}: {error}", file=sys.stderr, flush=True)
+        # what can't be printed could clear the terminal, or look like another line
+        listed = str(error).replace("\n- ", "\0")
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in listed)
+        text = text.replace("\\x00", "\n- ")
+        print(f"{Path(sys.argv[0]).name}{rank}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-# ---- device and number type
-
-
-def pick_device(name):
-    """The torch.device of a name; "auto": cuda, else mps, else cpu. UserError: there is none such."""
-    import torch
-
-    mps = torch.backends.mps.is_available()
-    have = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in have if have[kind])
-    kind, _, index = name.partition(":")
-    if kind not in have or (index and not index.isdigit()):
-        raise UserError(f"device={name!r}: expected auto, cpu, mps, cuda or cuda:N")
-    if not have[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
-        hint = "--device=auto picks one that it has"
-        raise UserError(f"device={name!r}: this machine has no such device; {hint}")
-    # with an index, which torch.cuda.set_device needs
-    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
-
-
-def pick_dtype(name, device):
-    """The number type of matrix products; "auto": on a GPU 16 bits, bfloat16 if it has that natively."""
-    import torch
-
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype={name!r}: expected auto, float32, bfloat16 or float16")
-    return getattr(torch, name)
-
-
-def autocast(device, dtype):
-    """A context in which matrix products are in this number type."""
-    import torch
-
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-# dense 16-bit TFLOP/s from the vendors' data sheets; the first name found in the device's name applies
-PEAK_TFLOPS = """B200 2250, H200 989, H100 PCIe 756, H100 989, A100 312, L40S 362, L4 121, A10G 70, \
-A10 125, A6000 155, RTX 4090 165, RTX 3090 71, V100 112, T4 65, MI300X 1307"""
-
-
-def peak_flops(device, dtype):
-    """The device's peak FLOP/s in a 16-bit type; None: unknown."""
-    import torch
-
-    if device.type != "cuda" or dtype == torch.float32:
-        return None
-    for entry in PEAK_TFLOPS.split(", "):
-        name, tflops = entry.rsplit(" ", 1)
-        if name in torch.cuda.get_device_name(device):
-            return 1e12 * float(tflops)
-    return None
-
-
-def peak_memory(device):
-    """The most bytes this process has used so far, on the GPU, or else in RAM."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    if sys.platform == "win32":
-        return 0
-    if sys.platform == "linux":  # getrusage, below, also counts what the parent process held
-        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        if peak:
-            return 1024 * int(peak[1])
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -13,6 +13,7 @@ This is attention with K heads whose values are the senses, summed over heads, w
 # query and key), U distinct tokens, N distinct tokens of a sequence; t, n: a part of T, of N or of rows.
 
 import math
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,27 +27,31 @@ from torch.utils.checkpoint import checkpoint
 class BackpackConfig:
     """Sizes and choices of the network. The defaults are the paper's "small". ValueError: they don't fit."""
 
-    block_size: int = 512  # longest context, in tokens
-    vocab_size: int = 50257  # tokens; E is padded to a multiple of 8 rows, which get no logits
-    n_layer: int = 12  # Transformer blocks
-    n_head: int = 12  # attention heads
-    n_embd: int = 768  # width
-    n_sense: int = 16  # sense vectors per token; 0: no senses, the plain Transformer LM (baseline)
-    n_qk: int | None = None  # width of each sense's query and key; None: n_embd / n_sense (paper)
-    sense_mlp_ratio: int = 4  # inner width of the sense MLPs / n_embd (paper's sense ablation: 1)
-    sense_out_ratio: int | None = None  # the same for the second of them alone; None: as the first
-    dropout: float = 0.0  # on embeddings, attention, residuals and senses (paper: 0.1)
+    block_size: int = 512  # [1, 1e6] longest context, in tokens
+    vocab_size: int = 50257  # [1, 1e7] tokens; E is padded to a multiple of 8 rows
+    n_layer: int = 12  # [1, 1000] Transformer blocks
+    n_head: int = 12  # [1, 1000] attention heads
+    n_embd: int = 768  # [1, 1e5] width
+    n_sense: int = 16  # [0, 1e4] sense vectors per token; 0: the plain Transformer LM (baseline)
+    n_qk: int | None = None  # [1, 1e4] width of a sense's query and key; None: n_embd / n_sense
+    sense_mlp_ratio: int = 4  # [1, 100] inner width of the sense MLPs / n_embd (ablation: 1)
+    sense_out_ratio: int | None = None  # [1, 100] of the second of them; None: as the first
+    dropout: float = 0.0  # [0, 1) on embeddings, attention, residuals and senses (paper: 0.1)
     bias: bool = True  # biases in Linear and LayerNorm
-    init_std: float = 0.02  # standard deviation of initial weights
+    init_std: float = 0.02  # [0, 10] standard deviation of initial weights
     inverse_layer_scale: bool = True  # divide the attention scores of block i by i + 1 (paper)
     grad_checkpoint: bool = False  # recompute activations in backward instead of storing them
 
     def __post_init__(self):
         D, problems = self.n_embd, []
-        for key, value in vars(self).items():
-            least = 0 if key == "n_sense" else 1
+        for f in fields(self):
+            value, least = getattr(self, f.name), int(f.name != "n_sense")
+            if not isinstance(value, f.type | int if f.type is float else f.type):
+                raise TypeError(f"{f.name}={value!r} must be {f.type}")
             if type(value) is int and value < least:
-                problems.append(f"{key}={value} must be at least {least}")
+                problems.append(f"{f.name}={value} must be at least {least}")
+        if self.n_layer > 1000:
+            problems.append(f"n_layer={self.n_layer} must be at most 1000")
         if self.n_head > 0 and D % self.n_head:
             problems.append(f"n_embd={D} must be divisible by n_head={self.n_head}")
         if self.n_sense > 0 and self.n_qk is None and D % self.n_sense:
@@ -167,17 +172,20 @@ def weigh(alpha, C):
     return alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2) @ C.flatten(1, 2)
 
 
-def sum_senses(q, k, C, where, block=128):
+def sum_senses(q, k, C, where, block=None, slots=None):
     """weigh(contextualize(q, k), C[where]) without (B,K,T,T) weights in memory.
 
     q and k (B,K,T,d); C (U,K,D) senses of distinct tokens; where (B,T): which of them stands where.
-    Returns o (B,T,D). Backward computes the weights of a block of queries again.
+    Returns o (B,T,D). Backward computes the weights of a block of queries again. slots: first add the
+    weights of equal tokens: text repeats itself, so the products get shorter.
     """
-    # On an eager CPU the weights of equal tokens are added first: text repeats itself, so the products get
-    # shorter. Elsewhere counting them would wait for the device, or break a graph.
+    # counting equal tokens would make the host wait for a GPU, or break a graph
+    on_cpu = q.device.type == "cpu"
+    slots = on_cpu and not torch.compiler.is_compiling() if slots is None else slots
+    block = block or (128 if on_cpu else 256)  # a GPU wants fewer and larger products
     B, K, T, _ = q.shape
     slot = None
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if slots:
         # number the distinct tokens of each sequence in the order in which they first appear
         first = (where[:, :, None] == where[:, None, :]).byte().argmax(-1)  # (B,T)
         new = (first == torch.arange(T)).cumsum(-1)  # (B,T)
@@ -296,16 +304,16 @@ class Backpack(nn.Module):
         idx (B,T): token ids. targets (B,T): the token after each, -100 where none counts. attention_mask
         (B,T): 0 at (left) padding. distinct: (ids (U,), where (B,T)), the distinct tokens of idx and which
         of them stands where, if known; it saves a GPU a device sync. transformer_share: m, a scalar
-        tensor; the loss is (1-m) of the Backpack's and m of the Transformer's own, with the logits E h,
-        which teaches it directly and not through alpha only. ValueError: more than block_size tokens.
+        tensor: returns the Backpack's loss, and (1-m) of it plus m of the Transformer's own, of the logits
+        E h, which teach it directly and not through alpha only. ValueError: more than block_size tokens.
         """
         o, h = self.output(idx, attention_mask, distinct=distinct)  # (B,T,D), (B,T,D)
         if targets is None:
             return self.logits(o), None
-        loss = self.loss(o, targets)
-        if transformer_share is not None:
-            loss = (1 - transformer_share) * loss + transformer_share * self.loss(h, targets)
-        return None, loss
+        loss, m = self.loss(o, targets), transformer_share
+        if m is None:
+            return None, loss
+        return loss.detach(), (1 - m) * loss + m * self.loss(h, targets)
 
     def output(self, idx, attention_mask=None, cache=None, distinct=None, sense_table=None):
         """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's output: both (B,T,D), and
@@ -456,22 +464,20 @@ class Backpack(nn.Module):
     def from_checkpoint(cls, source, device="cpu", **changes):
         """The model of a run folder, a ckpt.pt or a checkpoint already read: float32, in eval mode.
 
-        changes: fields of BackpackConfig to set otherwise. CheckpointError: missing, damaged, no fit.
+        changes: fields of BackpackConfig to set otherwise. CheckpointError: missing or damaged.
         """
         ckpt = source if isinstance(source, dict) else load_checkpoint(source, mmap=True)
-        try:
-            with torch.device("meta"):  # no memory, no initialisation: the weights come later
-                model = cls(BackpackConfig(**ckpt["config"] | changes))
-            model.to_empty(device=device).load_state_dict(ckpt["model"])
-        except (ValueError, TypeError, RuntimeError) as error:
-            reason = repr(str(error)[:200])
-            raise CheckpointError(f"weights and config don't fit each other: {reason}") from None
+        with torch.device("meta"):  # no memory, no initialisation: the weights come now
+            model = cls(BackpackConfig(**ckpt["config"] | changes))
+        model.load_state_dict(ckpt["model"], assign=True)
+        for p in model.parameters():
+            p.data = p.data.to(device, torch.float32, copy=True)
         return model.eval()
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token (B,1) from logits (B,V); see Backpack.generate."""
-    if temperature == 0:
+    if temperature < 1e-5:  # 0, or so near that a division would overflow
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -480,6 +486,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_p is not None:
         p, order = logits.softmax(-1).sort(descending=True)  # (B,V)
         beyond = p.cumsum(-1) - p >= top_p  # (B,V), in sorted order
+        beyond[:, 0] = False  # the likeliest stays, however small top_p is
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
@@ -494,20 +501,34 @@ class CheckpointError(OSError):
 def load_checkpoint(path, device="cpu", mmap=False):
     """The dict that train.py saved, of a run folder or a file; nothing pickled in it is executed.
 
-    mmap: tensors are read where they are used, and processes share their pages; nothing may write the
-    file in place meanwhile. CheckpointError: there is none, or it is damaged.
+    mmap: tensors are pages of the file, which processes share and nothing may write in place meanwhile.
+    CheckpointError: there is none, or it is damaged.
     """
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the folder of a trained run")
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at checksums
         ckpt = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # zip, pickle and storage errors have no common class
-        text = str(error)[:200]
-        raise CheckpointError(f"{path} is truncated or not from train.py: {text!r}") from None
-    if not isinstance(ckpt, dict) or not {"model", "config", "step", "meta"} <= ckpt.keys():
-        raise CheckpointError(f"{path} is not from train.py: it lacks model, config, step or meta")
-    return upgrade(ckpt)
+        damaged = repr(" ".join(str(error).split())[:200])
+    if damaged:
+        raise CheckpointError(f"{path} is truncated, damaged or not from train.py: {damaged}")
+    parts = {"model": dict, "config": dict, "step": int, "meta": dict}
+    try:
+        wrong = [key for key in parts if not isinstance(ckpt.get(key), parts[key])]
+        if wrong or not isinstance(ckpt.get("settings", {}), dict):
+            raise ValueError(f"it lacks {', '.join(wrong) or 'settings'}")
+        ckpt = upgrade(ckpt)
+        with torch.device("meta"):
+            model = Backpack(BackpackConfig(**ckpt["config"]))
+        model.load_state_dict(ckpt["model"], assign=True)
+        if not all(p.is_floating_point() and p.isfinite().all() for p in model.parameters()):
+            raise ValueError("some weights are not finite numbers")
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} does not fit model.py: {reason}") from None
+    return ckpt
 
 
 def upgrade(ckpt):

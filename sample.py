@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import configurator  # isort: skip  # before torch, for which it sets the environment
 import torch
 
-from configurator import UserError, autocast, configure, pick_device, pick_dtype, run
+from configurator import UserError, configure, read_text
+from hardware import Dtype, autocast, pick_device, pick_dtype
 from model import Backpack, load_checkpoint
 from tokenizer import load_tokenizer
 
@@ -23,19 +25,23 @@ from tokenizer import load_tokenizer
 class Settings:
     run: str | None = None  # a run folder or a checkpoint file; None: the newest run in out/
     start: str = ""  # text to continue, or FILE:path; empty: the start of a document
-    num_samples: int = 3  # how many to print
-    batch_size: int = 8  # samples generated at once; the first is printed as it grows
-    max_new_tokens: int = 500  # per sample
+    num_samples: int = 3  # [1, 1e6] how many to print
+    batch_size: int = 8  # [1, 1e6] samples generated at once; the first is printed as it grows
+    max_new_tokens: int = 500  # [1, 1e9] per sample
     stop_at_end: bool = True  # end a sample where its document ends
-    temperature: float = 0.8  # 1: the model's own; lower: likelier tokens; 0: only the likeliest
-    top_k: int | None = None  # draw from the k likeliest tokens only
-    top_p: float | None = None  # draw from the likeliest tokens that together have this probability
+    temperature: float = (
+        0.8  # [0, 1e6] 1: the model's own; lower: likelier tokens; 0: only the likeliest
+    )
+    top_k: int | None = None  # [1, 1e9] draw from the k likeliest tokens only
+    top_p: float | None = None  # (0, 1] draw from the likeliest that together have this probability
     edits: str | None = None  # a JSON file of edits of senses (lab/edit.py), to compare with none
     edit: str = ""  # more edits, as "scale river 4 0; swap Chicago: Illinois -> Texas"
-    sense_table_gb: float = 4.0  # compute the senses of all tokens in advance, if they fit in this
-    seed: int = 1337  # the same settings and seed give the same text
+    sense_table_gb: float = (
+        4.0  # [0, 1e4] compute the senses of all tokens in advance, if they fit in this
+    )
+    seed: int = 1337  # [0, 4294967295] the same settings and seed give the same text
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
-    dtype: str = "auto"  # float32, bfloat16, float16; auto: 16 bits on a GPU
+    dtype: Dtype = "auto"  # auto: 16 bits on a GPU
 
 
 def newest_run(senses):
@@ -53,8 +59,8 @@ def open_run(run=None, device="auto", edits=None, edit="", senses=True):
 
     run: a run folder or a checkpoint file; None: newest_run, which is then named on stderr. edits: a
     JSON file of edits; edit: more of them as text. senses: refuse a run without senses. Returns a
-    namespace: path, ckpt (without tensors), model (with the edits), tokenizer (None if the run has none),
-    device, edits (a list). UserError, CheckpointError: one of these is missing or bad.
+    namespace: path, ckpt (without tensors), model (with the edits), tokenizer, device, edits (a list).
+    UserError, CheckpointError: one of these is missing or bad.
     """
     device = pick_device(device)
     path = Path(run) if run else newest_run(senses)
@@ -63,13 +69,12 @@ def open_run(run=None, device="auto", edits=None, edit="", senses=True):
     ckpt = load_checkpoint(path, mmap=True)
     if senses and not ckpt["config"]["n_sense"]:
         raise UserError(f"{path} is a plain Transformer (n_sense=0): it has no senses")
-    model, spec = Backpack.from_checkpoint(ckpt, device), ckpt["meta"]["tokenizer"]
+    model = Backpack.from_checkpoint(ckpt, device)
+    tokenizer = load_tokenizer(ckpt["meta"]["tokenizer"], path)
     # without the tensors, which are pages of a file that the caller may want to write
     ckpt = {key: value for key, value in ckpt.items() if key not in ("model", "optimizer")}
-    with_edits = bool(edits or edit)
-    tokenizer = load_tokenizer(spec) if spec or with_edits else None
     listed = []
-    if with_edits:
+    if edits or edit:
         try:
             from lab.edit import make_edits, parse, read_edits
         except ModuleNotFoundError as error:
@@ -88,34 +93,10 @@ def open_run(run=None, device="auto", edits=None, edit="", senses=True):
 def start_ids(start, tokenizer):
     """The token ids of --start; if it is empty, of the end of the document before, or a newline."""
     if start.startswith("FILE:"):
-        path = start[5:]
-        try:
-            start = Path(path).read_bytes().decode()
-        except OSError as error:
-            raise UserError(f"--start: {path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"--start: {path} is not UTF-8: byte {error.start}") from None
+        start = read_text(start[5:])
     if not start and tokenizer.end is not None:
         return [tokenizer.end]
     return tokenizer.encode(start or "\n")
-
-
-def check(s):
-    """Raise UserError for settings out of range."""
-    rules = {
-        "num_samples": ("at least 1", s.num_samples > 0),
-        "max_new_tokens": ("at least 1", s.max_new_tokens > 0),
-        "batch_size": ("at least 1", s.batch_size > 0),
-        "sense_table_gb": ("at least 0", s.sense_table_gb >= 0),
-        "temperature": ("at least 0", s.temperature >= 0),
-        "top_k": ("at least 1", s.top_k is None or s.top_k > 0),
-        "top_p": ("in (0, 1]", s.top_p is None or 0 < s.top_p <= 1),
-    }
-    problems = [
-        f"{key}={getattr(s, key)} must be {what}" for key, (what, ok) in rules.items() if not ok
-    ]
-    if problems:
-        raise UserError("; ".join(problems))
 
 
 def print_batch(tokens, tokenizer, text, numbers, total, end):
@@ -167,12 +148,8 @@ def print_samples(s, model, tokenizer, idx, device):
 
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    check(s)
     opened = open_run(s.run, s.device, s.edits, s.edit, senses=bool(s.edits or s.edit))
     model, tokenizer, device = opened.model, opened.tokenizer, opened.device
-    if tokenizer is None:
-        hint = "import it with python -m lab.convert --tokenizer=gpt2"
-        raise UserError(f"this run has no tokenizer: {hint}")
     idx = torch.tensor(start_ids(s.start, tokenizer), device=device)[None]  # (1,T)
     began, made = time.perf_counter(), 0
     if opened.edits:
@@ -189,4 +166,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    configurator.run(main)

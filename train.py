@@ -16,15 +16,20 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
+import configurator  # isort: skip  # before torch, for which it sets the environment
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import configurator
-from configurator import UserError, autocast, changed, configure, hold, pick_device, pick_dtype
-from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
+import hardware
+from configurator import UserError, changed, configure, expect, hold, read_json
+from hardware import Dtype, activation_bytes, autocast, pick_device, pick_dtype
+from model import Backpack, BackpackConfig, load_checkpoint
+from tokenizer import load_tokenizer, vocabulary_size
 
 # ---- settings
 
@@ -33,45 +38,46 @@ from model import Backpack, BackpackConfig, CheckpointError, load_checkpoint
 class Settings(BackpackConfig):
     """All of BackpackConfig, and these. The defaults are the paper's recipe for its "small"."""
 
-    vocab_size: int | None = None  # None: the dataset's
+    vocab_size: int | None = None  # [1, 1e7] None: the dataset's
     dataset: str = "openwebtext"  # a folder of data_dir that prepare_data.py made
     data_dir: str = "data"  # where datasets lie
     out_dir: str = "out/backpack_small"  # the run: ckpt.pt, config.json, metrics.jsonl
     init_from: str = "scratch"  # scratch; resume: the run in out_dir; PATH: another run's weights
     overwrite: bool = False  # start from scratch over the run in out_dir
-    tokens_per_step: int = 524288  # batch size in tokens per optimizer step, over all ranks
-    batch_size: int = 16  # sequences per rank and micro-batch (fewer if a step has fewer)
-    max_iters: int = 100000  # optimizer steps
-    learning_rate: float = 6e-4  # the highest, after warm-up
-    schedule: str = "linear"  # decay to min_lr after warm-up: linear (paper) or cosine
-    warmup_iters: int = 5000  # steps of linear warm-up
-    min_lr: float = 0.0  # at the end
-    weight_decay: float = 0.1  # of matrices; not of biases, norms and embeddings
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.999  # of AdamW
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    transformer_share: float = (
-        0.0  # of the Transformer's own loss in training's, falling to 0 (ours)
+    tokens_per_step: int = 524288  # [1, 1e9] batch size in tokens per step, over all ranks
+    batch_size: int = 16  # [1, 1e6] sequences per rank and micro-batch
+    max_iters: int = 100000  # [1, 1e9] optimizer steps
+    learning_rate: float = 6e-4  # (0, 1e6] the highest, after warm-up
+    schedule: Literal["linear", "cosine"] = (
+        "linear"  # decay to min_lr after warm-up: linear is the paper's
     )
-    eval_interval: int = 1000  # steps between evaluations, each with a checkpoint
-    eval_iters: int = 4  # evaluate on this many times tokens_per_step, evenly spaced over val.bin
+    warmup_iters: int = 5000  # [0, 1e9] steps of linear warm-up
+    min_lr: float = 0.0  # [0, 1e6] at the end
+    weight_decay: float = 0.1  # [0, 100] of matrices; not of biases, norms and embeddings
+    beta1: float = 0.9  # [0, 1) of AdamW
+    beta2: float = 0.999  # [0, 1) of AdamW
+    grad_clip: float = 1.0  # [0, 1e9] largest gradient norm; 0: no clipping
+    transformer_share: float = 0.0  # [0, 1] of the Transformer's own loss, falling to 0 (ours)
+    eval_interval: int = 1000  # [1, 1e9] steps between evaluations, each with a checkpoint
+    eval_iters: int = 4  # [1, 1e6] evaluate on so many times tokens_per_step, all over val.bin
     full_val: bool = False  # evaluate on all of val.bin, in disjoint windows
     eval_only: bool = False  # evaluate, print and exit; writes nothing
     save_best: bool = False  # also keep best.pt, the checkpoint of the lowest validation loss
-    log_interval: int = 10  # steps between progress lines
+    log_interval: int = 10  # [1, 1e9] steps between progress lines
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
-    dtype: str = "auto"  # float32, bfloat16, float16 (with a loss scaler); auto: 16 bits on a GPU
+    dtype: Dtype = "auto"  # float16: with a loss scaler; auto: 16 bits on a GPU
     compile: bool | None = None  # torch.compile; None: on a GPU
     deterministic: bool = False  # on a GPU: resume bit for bit, slower
-    seed: int = 1337  # of weights, batches and dropout
+    seed: int = 1337  # [0, 4294967295] of weights, batches and dropout
     wandb: bool = False  # log to Weights & Biases
-    wandb_mode: str = "online"  # or offline
+    wandb_mode: Literal["online", "offline"] = "online"  # offline needs no key
     wandb_project: str = "nanoBackpack"  # the project to log to
 
 
 MODEL_KEYS = [f.name for f in fields(BackpackConfig)]
 FREE_KEYS = ("dropout", "grad_checkpoint", "init_std")  # these may differ from a checkpoint's
 CALL_KEYS = ("init_from", "overwrite", "out_dir", "eval_only")  # never taken from a checkpoint
+SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int}
 RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")  # what --overwrite replaces
 
 
@@ -80,34 +86,36 @@ def take_settings(s, sources, ckpt):
     saved = ckpt["config"] | (ckpt["settings"] if s.init_from == "resume" else {})
     for key, value in saved.items():
         if key in vars(s) and key not in sources and key not in CALL_KEYS:
-            setattr(s, key, value)
+            setattr(s, key, configurator.checked(Settings, key, value, s.init_from))
+
+
+def tell_changes(s, ckpt, say):
+    """At resume, say which settings are no longer the checkpoint's, and a learning rate that rises."""
+    before = ckpt["config"] | ckpt["settings"]
+    for key, old in before.items():
+        if getattr(s, key, old) != old and key not in CALL_KEYS:
+            say(f"resuming with {key}={getattr(s, key)} (until now {old})")
+    then, step = SimpleNamespace(**(vars(s) | before)), ckpt["step"]
+    if (lr := lr_at(s, step)) > 1.01 * (old := lr_at(then, step)):
+        say(f"note: at step {step} the learning rate rises from {old:.2e} to {lr:.2e}")
 
 
 def setting_problems(s, world):
     """A line for each setting, or pair of settings, that cannot work."""
-    problems, tokens, T = [], s.tokens_per_step, s.block_size
-
-    def need(ok, message):
-        if not ok:
-            problems.append(message)
-
-    mine, rest = divmod(tokens, max(1, T) * world)  # sequences of a rank in a step
-    whole = tokens > 0 and not rest
+    tokens, T, lr = s.tokens_per_step, s.block_size, s.learning_rate
+    mine, rest = divmod(tokens, T * world)  # sequences of a rank in a step
     parts = f"block_size={T} times {world} ranks"
-    need(whole, f"tokens_per_step={tokens} must be a multiple of {parts}")
-    fits = s.batch_size > 0 and (not whole or not mine % min(s.batch_size, mine))
-    need(fits, f"batch_size={s.batch_size} must divide the {mine} sequences of a rank in a step")
-    need(s.grad_clip >= 0, f"grad_clip={s.grad_clip} must be at least 0 (0: no clipping)")
+    fits = rest or not mine % min(s.batch_size, mine)
     one = world == 1 or not s.device.startswith("cuda:")
-    need(one, f"device={s.device} is for one process: torchrun gives each rank its own")
-    share = s.transformer_share
-    need(0 <= share <= 1, f"transformer_share={share} must be from 0 to 1")
-    need(s.schedule in ("linear", "cosine"), f"schedule={s.schedule!r}: expected linear or cosine")
     installed = not s.wandb or importlib.util.find_spec("wandb")
-    need(installed, "wandb=True, but the package is not installed: pip install wandb")
-    for key in ("max_iters", "eval_interval", "eval_iters", "log_interval", "learning_rate"):
-        need(getattr(s, key) > 0, f"{key}={getattr(s, key)} must be more than 0")
-    return problems
+    needs = {
+        f"tokens_per_step={tokens} must be a multiple of {parts}": not rest,
+        f"batch_size={s.batch_size} must divide the {mine} sequences of a rank in a step": fits,
+        f"device={s.device} is for one process: torchrun gives each rank its own": one,
+        f"min_lr={s.min_lr} must be at most learning_rate={lr}": s.min_lr <= lr,
+        "wandb=True, but the package is not installed: pip install wandb": installed,
+    }
+    return [message for message, ok in needs.items() if not ok]
 
 
 def data_problems(s, data, ckpt, init):
@@ -129,17 +137,15 @@ def run_problems(s, ckpt, init, out):
     """A line for each thing in which the checkpoint and the run's folder do not fit the settings."""
     problems, resume = [], s.init_from == "resume"
     for key, value in ckpt["config"].items() if ckpt else ():
-        if key not in FREE_KEYS and getattr(s, key, None) != value:
-            mine = getattr(s, key, "unknown here")
-            problems.append(f"{key}={mine}, but the checkpoint has {value}")
+        if key not in FREE_KEYS and getattr(s, key) != value:
+            problems.append(f"{key}={getattr(s, key)}, but {init} has {value}")
     if resume and "optimizer" not in ckpt and not s.eval_only:
         hint = f"finetune them with --init_from={out} and another --out_dir"
         problems.append(f"{out} has weights only: {hint}")
     found = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size]
     if found and not (resume or s.overwrite or s.eval_only):
-        hint = "--init_from=resume goes on with it, " if "ckpt.pt" in found else ""
-        hint += "--overwrite=True replaces it"
-        problems.append(f"{out} has {' and '.join(found)} of another run: {hint}")
+        hint = "--init_from=resume goes on with it, " * ("ckpt.pt" in found) + "--overwrite=True"
+        problems.append(f"{out} has {' and '.join(found)} of another run: {hint} replaces it")
     if ckpt and not resume and out.resolve() in (init.resolve(), init.resolve().parent):
         problems.append(f"init_from={s.init_from} lies in out_dir: give another --out_dir")
     return problems
@@ -151,21 +157,24 @@ def run_problems(s, ckpt, init, out):
 def load_data(data_dir, dataset):
     """(train, val) token ids, memory-mapped, and meta.json of a dataset. UserError: it is not there."""
     folder = Path(data_dir) / dataset
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["dtype"] not in ("uint16", "uint32"):
-            what = f"dtype={meta['dtype']!r}, expected uint16 or uint32"
-            raise UserError(f"{folder / 'meta.json'}: {what}: make the dataset again")
-        meta["vocab_size"], meta["tokenizer"]  # KeyError: not ours
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        return *(np.memmap(folder / f"{split}.bin", dtype, "r") for split in ("train", "val")), meta
-    except FileNotFoundError:
+    if not (folder / "meta.json").exists():
         hint = f"make it with python prepare_data.py --dataset={dataset}"
-        raise UserError(f"no dataset at {folder}: {hint}") from None
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} is no dataset of prepare_data.py: {error!r}") from None
+        raise UserError(f"no dataset at {folder}: {hint}")
+    sizes = {"vocab_size": int, "train_tokens": int, "val_tokens": int}
+    shape = sizes | {"dtype": {"uint16", "uint32"}, "tokenizer": dict}
+    meta, parts = read_json(folder / "meta.json", shape), []
+    rows = vocabulary_size(meta["tokenizer"], folder)
+    if meta["vocab_size"] != rows:
+        what = f"found vocab_size={meta['vocab_size']}, expected {rows} as its tokenizer has"
+        raise UserError(f"{folder}: {what}: make the dataset again")
+    for split in ("train", "val"):
+        path, dtype = folder / f"{split}.bin", np.dtype(meta["dtype"]).newbyteorder("<")
+        size, n = path.stat().st_size if path.exists() else 0, meta[f"{split}_tokens"]
+        if size != n * dtype.itemsize or not n:
+            what = f"found {size} bytes, expected {n} tokens of {dtype.itemsize}"
+            raise UserError(f"{path}: {what}: make the dataset again")
+        parts.append(np.memmap(path, dtype, "r"))
+    return *parts, meta
 
 
 def get_batch(tokens, starts, block_size, device, vocab_size):
@@ -177,7 +186,8 @@ def get_batch(tokens, starts, block_size, device, vocab_size):
     at = starts[:, None] + np.arange(block_size + 1)  # (B,T+1)
     ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)  # (B,T+1)
     if ids.max() >= vocab_size:
-        raise UserError(f"the data has token id {ids.max()}, outside a vocabulary of {vocab_size}")
+        name = getattr(tokens, "filename", "the data")
+        raise UserError(f"{name} has token id {ids.max()}, outside a vocabulary of {vocab_size}")
     x, y = ids[:, :-1], np.where(at < len(tokens), ids, -100)[:, 1:]  # (B,T)
     # a table, as sorting would be slow; on the host, as a GPU would have to be waited for
     seen = np.zeros(vocab_size, dtype=bool)  # (V,)
@@ -188,6 +198,16 @@ def get_batch(tokens, starts, block_size, device, vocab_size):
         tensors = [tensor.pin_memory() for tensor in tensors]
     x, y, ids, where = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return x, y, (ids, where)
+
+
+def val_size(tokens, starts, block_size, meta):
+    """The tokens that an evaluation predicts, and the bits per byte of a nat (None: no tokenizer)."""
+    ends = np.minimum(starts + block_size, len(tokens) - 1)
+    n_tokens, n_bytes = int((ends - starts).sum()), 0
+    with contextlib.suppress(UserError):
+        counts = load_tokenizer(meta["tokenizer"]).byte_counts()
+        n_bytes = sum(int(counts[tokens[i + 1 : j + 1]].sum()) for i, j in zip(starts, ends))
+    return n_tokens, n_tokens / n_bytes / math.log(2) if n_bytes else None
 
 
 # ---- schedules
@@ -206,64 +226,34 @@ def share_at(s, step, device="cpu"):
     """The share of the Transformer's own loss in a step's loss, a scalar tensor; None: it has none."""
     if not (s.transformer_share and s.n_sense):
         return None
-    return torch.tensor(s.transformer_share * (1 - step / s.max_iters), device=device)
-
-
-def flops_per_token(model, distinct_share):
-    """{part: FLOPs of a training step per token}; distinct_share: distinct tokens over all."""
-    # at full context: 2 for each product in forward, twice as many in backward
-    c, pairs = model.config, (model.config.block_size + 1) / 2  # keys that a query sees, on average
-    size = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 2}
-
-    def weights(part):
-        return sum(n for name, n in size.items() if name.startswith(part))
-
-    products = {"Transformer": weights("blocks") + 2 * c.n_layer * c.n_embd * pairs}
-    if c.n_sense:
-        products["sense network"] = distinct_share * weights("sense_network")
-        of_pairs = c.n_sense * (model.n_qk + c.n_embd) * pairs
-        products["alpha and sum"] = weights("sense_qk") + of_pairs
-    products["logits and loss"] = size["wte.weight"]
-    return {part: 3 * 2 * n for part, n in products.items()}
+    return torch.full((), s.transformer_share * (1 - step / s.max_iters), device=device)
 
 
 # ---- checkpoints and logs
 
 
 def save_checkpoint(path, value):
-    """Write to a temporary name, sync, rename: at any moment path holds a whole checkpoint."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+    """At any moment path holds a whole checkpoint. UserError: this one could not be written."""
+    with configurator.replacing(path) as file:
+        try:
             torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason, hint = str(error).splitlines()[0], "make room and go on with --init_from=resume"
-        raise CheckpointError(
-            f"could not save {path} ({reason}): the one before it is whole; {hint}"
-        ) from None
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from None
 
 
-def load_optimizer(optimizer, saved):
-    """Load the moments of a checkpoint; the settings stay the optimizer's. CheckpointError: no fit."""
-    state, groups = saved["state"], optimizer.state_dict()["param_groups"]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+def load_optimizer(optimizer, saved, out):
+    """Load the moments of a run's checkpoint; the settings stay the optimizer's. UserError: no fit."""
+    groups = optimizer.state_dict()["param_groups"]
+    params = enumerate(p for group in optimizer.param_groups for p in group["params"])
+    want = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in params}
     try:
-        fits = not state or all(
-            {name: v.shape for name, v in state[i].items()}
-            == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-            for i, p in enumerate(params)
-        )
+        state = saved["state"]
+        found = {i: {name: v.shape for name, v in moments.items()} for i, moments in state.items()}
     except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        what = "the checkpoint's optimizer state does not fit its weights"
-        raise CheckpointError(f"{what}: start a new run from its weights with --init_from=PATH")
+        found = None
+    if found not in ({}, want):
+        what = f"{out}: the state of its optimizer does not fit its weights"
+        raise UserError(f"{what}: start another run from these with --init_from={out}")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for p, moments in optimizer.state.items():  # in memory of their own, not pages of the file
         for name, value in moments.items():
@@ -272,20 +262,17 @@ def load_optimizer(optimizer, saved):
 
 def cut_metrics(path, step):
     """Drop what a stopped run logged after its checkpoint: later steps, half a line, its evaluation."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if record["step"] < step or (record["step"] == step and "loss" in record):
-                kept.append(line + "\n")
-    path.with_suffix(".tmp").write_text("".join(kept))
-    path.with_suffix(".tmp").replace(path)
+    whole, kept = configurator.read_text(path).split("\n")[:-1] if path.exists() else [], []
+    for n, line in enumerate(whole, 1):
+        record = configurator.parse_json(line, {"step": int}, f"{path}, line {n}")
+        if record["step"] < step or (record["step"] == step and "loss" in record):
+            kept.append(line + "\n")
+    configurator.write_text(path, "".join(kept))
 
 
 def main(argv):
     s, sources = configure(Settings, argv, __doc__)
-    master = int(os.environ.get("RANK", 0)) == 0
-    writes = master and not s.eval_only
+    writes = os.environ.get("RANK", "0") == "0" and not s.eval_only
     lock = hold(s.out_dir) if writes else contextlib.nullcontext()
     with lock, configurator.caught_signals() as stop:
         try:
@@ -314,6 +301,8 @@ def train(s, sources, stop):
     if s.init_from != "scratch":
         ckpt = load_checkpoint(init, mmap=True)  # in memory once for all ranks
         take_settings(s, sources, ckpt)
+        if resume:
+            tell_changes(s, ckpt, say)
         if resume and ckpt["step"] >= s.max_iters and not s.eval_only:
             return say(f"{out} is finished: step {ckpt['step']} of {s.max_iters}")
 
@@ -356,50 +345,56 @@ def train(s, sources, stop):
     T, sequences = s.block_size, s.tokens_per_step // s.block_size // world
     B = min(s.batch_size, sequences)
     accum = sequences // B
+    if B < s.batch_size:
+        say(f"batch_size={s.batch_size} is cut to {B}, all the sequences of a step and rank")
     # windows of val.bin to evaluate on: the same every time, for any number of ranks
     val_starts = np.arange(0, len(val_data) - 1, T)
     n_eval = s.eval_iters * s.tokens_per_step // T
     if not s.full_val and n_eval < len(val_starts):
         val_starts = val_starts[np.linspace(0, len(val_starts) - 1, n_eval).astype(int)]
+    n_val, bits_per_byte = val_size(val_data, val_starts, T, meta)
 
     # ---- model
     torch.manual_seed(s.seed)
     changes = {key: getattr(s, key) for key in FREE_KEYS}
     model = Backpack.from_checkpoint(ckpt, device, **changes) if ckpt else Backpack(config)
     model.to(device).train()
-    say(
-        f"{model.num_params():,} parameters, {16 * model.num_params() / 1e9:.2f} GB with gradients "
-        f"and AdamW\n{world} ranks x {accum} micro-batches of {B} x {T} tokens on {device} in {dtype}"
-    )
 
     # ---- optimizer
     groups, betas = model.param_groups(s.weight_decay), (s.beta1, s.beta2)
-    fused = device.type in ("cuda", "cpu")
+    fused = device.type in ("cuda", "cpu", "mps")
     optimizer = torch.optim.AdamW(groups, s.learning_rate, betas, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, wandb_id = ckpt["step"] if resume else 0, math.inf, None
     saved = step if resume else None  # the step of the last checkpoint
     if resume and not s.eval_only:
-        load_optimizer(optimizer, ckpt["optimizer"])
-        scaler.load_state_dict(ckpt["scaler"])
-        best, wandb_id = ckpt["best"], ckpt["wandb_id"]
+        expect(ckpt, {"optimizer": dict, "scaler": dict, "wandb_id?": str}, out)
+        load_optimizer(optimizer, ckpt["optimizer"], out)
+        if ckpt["scaler"]:  # else the run was not in float16 until now
+            scaler.load_state_dict(expect(ckpt["scaler"], SCALER, out))
+        best, wandb_id = ckpt.get("best", math.inf), ckpt.get("wandb_id")
     del ckpt
 
     # ---- compile, wrap
     def micro_step(net, batch, share):
-        """Forward and backward of a micro-batch; returns its loss, on the device."""
+        """Forward and backward of a micro-batch; returns its loss and the Backpack's own, on the device."""
         x, y, distinct = batch
         if compiled:
             # one graph for any number of distinct tokens
             torch._dynamo.mark_dynamic(distinct[0], 0)
         with autocast(device, dtype):
-            loss = net(x, y, distinct=distinct if s.n_sense else None, transformer_share=share)[1]
+            own, loss = net(x, y, distinct=distinct if s.n_sense else None, transformer_share=share)
         scaler.scale(loss / accum).backward()
-        return loss.detach()
+        return torch.stack((loss, loss if own is None else own)).detach()  # (2,)
 
     probe = np.linspace(0, len(train_data) - T - 1, B).astype(int)  # from all over the text
     batch = get_batch(train_data, probe, T, device, s.vocab_size)
-    distinct_share = len(batch[2][0]) / batch[0].numel()
+    size, n = (batch[0].numel(), len(batch[2][0])), model.num_params()  # tokens, distinct ones
+    losses = 2 if s.transformer_share and s.n_sense else 1
+    kept = 0 if s.grad_checkpoint else activation_bytes(model, *size, device, dtype, losses)
+    say(f"{n:,} parameters: {16 * n / 1e9:.2f} GB with gradients and AdamW's moments")
+    say(f"activations: about {kept / 1e9:.2f} GB" if kept else "activations: recomputed")
+    say(f"{world} ranks x {accum} micro-batches of {B} x {T} tokens on {device} in {dtype}")
     net = model
     compiled = s.compile if s.compile is not None else device.type == "cuda"
     if compiled and not s.eval_only:
@@ -419,58 +414,67 @@ def train(s, sources, stop):
         net = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
 
     # ---- evaluate
-    def all_sum(*numbers):
-        """The numbers, each summed over ranks."""
-        where = "cpu" if device.type == "mps" else device  # MPS has no float64
-        total = torch.tensor(numbers, dtype=torch.float64, device=where)
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no more
+
+    def all_mean(*figures):
+        """Figures, tensors or numbers, as numbers: the means over ranks. This waits for the device."""
+        parts = [torch.full((), x, device=device) if type(x) is int else x for x in figures]
+        mean = torch.stack([part.to(wide) for part in parts]) / world
         if world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+            dist.all_reduce(mean)
+        return mean.tolist()
 
     @torch.no_grad()
     def evaluate():
-        """(mean loss, number of tokens, whether a signal cut it short); all ranks take part."""
+        """(mean loss, whether a signal cut it short); all ranks take part."""
         model.eval()
-        losses, counts, mine = [torch.zeros((), device=device)], [0], val_starts[rank::world]
-        for i in range(0, 0 if stop else len(mine), B):
-            starts = mine[i : i + B]
-            x, y, distinct = get_batch(val_data, starts, T, device, s.vocab_size)
-            counts.append(int(np.minimum(T, len(val_data) - 1 - starts).sum()))
-            with autocast(device, dtype):  # the plain model: shapes vary, and it need not compile
-                losses.append(model(x, y, distinct=distinct)[1] * counts[-1])
+        losses, mine = [torch.zeros((), device=device)], val_starts[rank::world]
+        for i in range(0, len(mine), B):
             if stop:
                 break
+            starts = mine[i : i + B]
+            x, y, distinct = get_batch(val_data, starts, T, device, s.vocab_size)
+            count = int(np.minimum(T, len(val_data) - 1 - starts).sum())
+            with autocast(device, dtype):  # the plain model: shapes vary, and it need not compile
+                losses.append(model(x, y, distinct=distinct)[1] * count)
         model.train()
-        total = torch.stack(losses).cpu().double().sum().item()  # evaluation's only device sync
-        total, count, stopping = all_sum(total, sum(counts), len(stop))
-        return total / max(count, 1), int(count), stopping > 0
+        total, stopping = all_mean(torch.stack(losses).to(wide).sum(), len(stop))
+        return world * total / n_val, stopping > 0
+
+    def described(loss):
+        bpb = f", {loss * bits_per_byte:.4f} bits per byte" if bits_per_byte else ""
+        return (
+            f"val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}{bpb}, {n_val:,} tokens"
+        )
 
     if s.eval_only:
-        loss, count, stopping = evaluate()
+        loss, stopping = evaluate()
         if stopping:
             raise UserError("evaluation was stopped by a signal")
-        perplexity = math.exp(min(loss, 700))
-        say(f"step {step}: val loss {loss:.4f}, perplexity {perplexity:.2f}, {count:,} tokens")
-        return None
+        return say(f"step {step}: {described(loss)}")
 
     # ---- the run's folder, logs and checkpoints
     settings = {key: value for key, value in vars(s).items() if key not in MODEL_KEYS}
     wandb_run = metrics = None
+    if master and s.wandb:
+        import wandb
+
+        options = {"config": vars(s), "mode": s.wandb_mode, "id": wandb_id, "resume": "allow"}
+        try:
+            wandb_run = wandb.init(project=s.wandb_project, name=out.name, dir=out, **options)
+        except wandb.Error as error:
+            what, hint = str(error).splitlines()[0], "--wandb_mode=offline needs no key"
+            raise UserError(f"wandb does not start: {what}; {hint}") from None
+        wandb_id = wandb_run.id
     if master:
         if resume:
             cut_metrics(out / "metrics.jsonl", step)
         else:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-        described = asdict(config) | settings | {"torch": torch.__version__}
-        (out / "config.json").write_text(json.dumps(described, indent=1))
-        metrics = open(out / "metrics.jsonl", "a", buffering=1)
-    if master and s.wandb:
-        import wandb
-
-        options = {"dir": out, "config": vars(s), "mode": s.wandb_mode, "id": wandb_id}
-        wandb_run = wandb.init(project=s.wandb_project, name=out.name, resume="allow", **options)
-        wandb_id = wandb_run.id
+        about = asdict(config) | settings | {"torch": torch.__version__}
+        configurator.write_text(out / "config.json", json.dumps(about, indent=1))
+        metrics = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
 
     def log(**figures):
         if metrics:
@@ -498,18 +502,18 @@ def train(s, sources, stop):
         saved = step if name == "ckpt.pt" else saved
 
     # ---- loop; its last pass only evaluates and saves
-    flops = sum(flops_per_token(model, distinct_share).values())
-    peak = configurator.peak_flops(device, dtype)
-    first_step, began, times, stopping = step, None, deque(maxlen=s.log_interval), False
+    flops = sum(hardware.flops_per_token(model, size[1] / size[0], losses).values())
+    peak = hardware.peak_flops(device, dtype)
+    began, times, stopping = time.perf_counter(), deque(maxlen=s.log_interval), False
     while not stopping:
         if step % s.eval_interval == 0 or step == s.max_iters:
-            loss, count, stopping = evaluate()
+            loss, stopping = evaluate()
             if stopping:
                 break
             if not math.isfinite(loss):
                 raise diverged(f"validation loss {loss}")
-            log(val_loss=loss)
-            say(f"step {step}/{s.max_iters}  val loss {loss:.4f}  ({count:,} tokens)")
+            log(val_loss=loss, bits_per_byte=loss * bits_per_byte if bits_per_byte else None)
+            say(f"step {step}/{s.max_iters}  {described(loss)}")
             best = min(best, loss)
             if s.save_best and loss == best:
                 save("best.pt")
@@ -518,7 +522,6 @@ def train(s, sources, stop):
             break
 
         start = time.perf_counter()
-        began = began or start
         rng = np.random.default_rng((s.seed, step))  # one draw for all ranks, whatever their number
         starts = rng.integers(len(train_data) - T, size=(accum, world, B))
         torch.manual_seed(int(rng.integers(2**62)) + rank)  # dropout
@@ -531,9 +534,9 @@ def train(s, sources, stop):
                 net.require_backward_grad_sync = i == accum - 1
             total += micro_step(net, batch, share_at(s, step, device))
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
-        # the exact mean over micro-batches and ranks; and has any rank been told to stop?
-        loss, stopping = all_sum(total.item() / accum / world, len(stop))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        # the exact means over micro-batches and ranks; and has any rank been told to stop?
+        loss, own, norm, stopping = all_mean(*total / accum, norm, len(stop))
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise diverged(f"loss {loss}, gradient norm {norm}, stopped before the update")
         scaler.step(optimizer)
@@ -544,15 +547,16 @@ def train(s, sources, stop):
         times.append(time.perf_counter() - start)
         if step % s.log_interval == 0 or step == s.max_iters:
             speed = s.tokens_per_step * len(times) / sum(times)
-            memory = configurator.peak_memory(device)
+            memory = hardware.peak_memory(device)
             mfu = speed * flops / peak / world if peak else None
             seconds = time.perf_counter() - began
-            left = seconds / (step - first_step) * (s.max_iters - step)
+            left = (s.max_iters - step) * s.tokens_per_step / speed
             gradient = {"grad_norm": norm if math.isfinite(norm) else None}
             costs = {"tokens_per_second": speed, "mfu": mfu, "memory": memory, "seconds": seconds}
-            log(loss=loss, lr=group["lr"], **gradient, **costs)
+            log(loss=loss, backpack_loss=own, lr=group["lr"], **gradient, **costs)
+            mixed = f" (the Backpack's own {own:.4f})" if losses == 2 else ""
             say(
-                f"step {step}/{s.max_iters}  loss {loss:.4f}  lr {group['lr']:.2e}  "
+                f"step {step}/{s.max_iters}  loss {loss:.4f}{mixed}  lr {group['lr']:.2e}  "
                 f"norm {norm:.2f}  {speed:,.0f} tokens/s  mfu {f'{mfu:.1%}' if mfu else 'unknown'}  "
                 f"{memory / 1e9:.2f} GB  {datetime.timedelta(seconds=int(left))} left"
             )

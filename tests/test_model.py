@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from configurator import read_config
+from hardware import flops_per_token
 from model import Backpack, BackpackConfig, CheckpointError, sample_token
-from train import flops_per_token
 
 SMALL = {
     "block_size": 16,
@@ -343,7 +343,8 @@ def test_sizes_that_do_not_fit(changes, message):
 
 def test_from_checkpoint(tmp_path):
     model, idx = build(), ids(1, 5)
-    ckpt = {"model": model.state_dict(), "config": SMALL, "settings": {}, "step": 3, "meta": {}}
+    ckpt = {"model": model.state_dict(), "config": SMALL, "settings": {}, "step": 3}
+    ckpt["meta"] = {"tokenizer": None}
     torch.save(ckpt, tmp_path / "ckpt.pt")
     for where in (tmp_path, tmp_path / "ckpt.pt"):
         loaded = Backpack.from_checkpoint(where)
@@ -351,7 +352,7 @@ def test_from_checkpoint(tmp_path):
     changed = Backpack.from_checkpoint(tmp_path, dropout=0.5)
     assert changed.drop.p == 0.5 and changed.blocks[0].attn.dropout == 0.5
     torch.save(ckpt | {"config": SMALL | {"n_embd": 48}}, tmp_path / "ckpt.pt")
-    with pytest.raises(CheckpointError, match="weights and config don't fit each other"):
+    with pytest.raises(CheckpointError, match="does not fit model.py: .*size mismatch"):
         Backpack.from_checkpoint(tmp_path)
     torch.save(ckpt | {"config": SMALL | {"rope": True}}, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match="unexpected keyword argument 'rope'"):

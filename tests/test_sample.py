@@ -109,11 +109,11 @@ def test_16_bits(run_train, capsys):
         (["--start=Ω"], "character 'Ω' is not among the"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt: No such file"),
         (["--start=FILE:bad.txt"], "bad.txt is not UTF-8: byte 2"),
-        (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
-        (["--top_k=0", "--top_p=2"], "top_k=0 must be at least 1; top_p=2.0 must be in (0, 1]"),
-        (["--num_samples=0"], "num_samples=0 must be"),
-        (["--batch_size=0"], "batch_size=0 must be at least 1"),
-        (["--sense_table_gb=-1"], "sense_table_gb=-1.0 must be"),
+        (["--temperature=-1"], "temperature=-1.0 (command line): expected a number in [0, 1e6]"),
+        (["--top_p=2"], "top_p=2.0 (command line): expected a number in (0, 1]"),
+        (["--num_samples=0"], "num_samples=0 (command line)"),
+        (["--batch_size=0"], "batch_size=0 (command line)"),
+        (["--sense_table_gb=-1"], "sense_table_gb=-1.0 (command line)"),
         (["--device=cuda:99"], "device='cuda:99': this machine has no such device"),
         (["--strat=x"], "did you mean 'start'"),
         (["--run=nowhere"], "no checkpoint at nowhere"),
@@ -217,8 +217,7 @@ def test_a_run_without_a_tokenizer(run_train, edit):
     ckpt = load_checkpoint(out)
     ckpt["meta"] = {"tokenizer": None}
     train.save_checkpoint(out / "ckpt.pt", ckpt)
-    assert sample.open_run(out, "cpu").tokenizer is None
-    with pytest.raises(UserError, match="this run has no tokenizer"):
+    with pytest.raises(UserError, match="ckpt.pt|run has no tokenizer"):
         sample.main([f"--run={out}", "--device=cpu", *filter(None, [edit])])
 
 
