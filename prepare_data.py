@@ -6,27 +6,33 @@
     python prepare_data.py --dataset=mine --input=a.txt,folder --tokenizer=bpe --vocab_size=8192
 
 Built in are shakespeare_char, shakespeare, tinyshakespeare_char, simplewiki, openwebtext and fineweb_edu.
-Your own text is .txt (a blank line ends a document) or .jsonl ({"text": ...} on each line), and may be
-compressed as .gz, .xz or .zst. To continue an interrupted run, repeat its command. Other files in
-data/NAME/ are left alone.
+Your own text is plain text (each file is a document, unless --documents says otherwise) or .jsonl
+({"text": ...} on each line), optionally as .gz, .xz or .zst; of a folder, its .txt, .md and .jsonl files.
+To continue an interrupted run, repeat its command. Other files in data/NAME/ are left alone.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
+import signal
+import statistics
+import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, changed, configure, hold, run
-from data.corpora import BUILT_IN, input_files, keep_apart, own_text
-from tokenizer import KINDS, UNKNOWN, load_tokenizer, train_bpe
+import configurator
+from configurator import UsageError, UserError, changed, configure, hold, run
+from data.corpora import BUILT_IN, input_files, keep_apart, own_origin, own_text, plays
+from tokenizer import KINDS, UNKNOWN, learn, load_tokenizer, token_dtype
 
 
 @dataclass
@@ -34,84 +40,63 @@ class Settings:
     dataset: str = "shakespeare_char"  # a built-in dataset, or a new name for your own text
     input: str | None = None  # your text: files and folders, comma-separated
     tokenizer: str | None = None  # char, gpt2, bpe, or the folder of a dataset or run that has one
-    vocab_size: int | None = None  # of a bpe; None: the built-in's, 8192 for your own text
-    val_fraction: float = 0.01  # share of your documents for validation, chosen by a hash of each
-    num_proc: int | None = None  # processes that tokenize; None: one per core
+    vocab_size: int | None = None  # [257, 1000000] of a bpe; None: 8192, or the built-in's
+    documents: str | None = None  # what ends one in .txt: file, blank_line, a regular expression
+    val_fraction: float | None = None  # (0, 1) for validation; None: 1%, or 10% of whole files
+    num_proc: int | None = None  # [1, 1024] processes that tokenize; None: one per core
     data_dir: str = "data"  # where all datasets are kept
     overwrite: bool = False  # replace a dataset that was made with other settings
 
 
 # a finished dataset; until then each is NAME.partial, and they are renamed in this order
 FILES = ("train.bin", "val.bin", "meta.json")
-BPE_TRAIN_CHARS = 10**9  # learn a bpe from at most this much of the training text
 BATCH_CHARS = 500_000  # text that a worker gets at a time
 SAVE_EVERY = 30  # seconds between saves of the progress
+COUNTS = ("pieces", "documents", "bytes", "train_tokens", "val_tokens", "unknown_characters")
+FEW_TOKENS = 20_000  # of validation text; the loss on fewer is uncertain by more than some 0.02
 
 
 # ---- tokenizing
 
 
-def first(texts, n_chars):
-    """Yield texts until they add up to n_chars."""
-    for text in texts:
-        yield text
-        n_chars -= len(text)
-        if n_chars <= 0:
-            return
-
-
-def learn_vocabulary(kind, vocab_size, source):
-    """Learn a tokenizer from the training texts. Returns its spec and, for char, unseen.
-
-    unseen: a pattern of the characters that only validation texts have, which become UNKNOWN, or None.
-    """
-    if kind == "bpe":
-        texts = (text for is_val, text, _ in source() if not is_val)
-        return train_bpe(first(texts, BPE_TRAIN_CHARS), vocab_size), None
-    train_chars, val_chars = set(), set()
-    for is_val, text, _ in source():
-        (val_chars if is_val else train_chars).update(text)
-    unseen = "".join(sorted(val_chars - train_chars))
-    if unseen:
-        train_chars.add(UNKNOWN)
-    spec = {"kind": "char", "chars": "".join(sorted(train_chars))}
-    return spec, f"[{re.escape(unseen)}]" if unseen else None
-
-
 def start_worker(spec, unseen):
     global TOKENIZER, UNSEEN  # once per process: loading a tokenizer takes longer than a batch
-    TOKENIZER, UNSEEN = load_tokenizer(spec), unseen
-
-
-def token_dtype(vocab_size):
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    if parent := multiprocessing.parent_process():  # if it is killed, its workers end, too
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    TOKENIZER = load_tokenizer(spec)
+    UNSEEN = re.compile(f"[{re.escape(unseen)}]") if unseen else None
 
 
 def encode(batch):
-    """A list of (is_val, text) -> ids for train.bin, ids for val.bin, and what to add to the counts."""
+    """A list of Pieces -> ids for train.bin, ids for val.bin, and what to add to the counts."""
     ids, n_bytes, n_unknown = ([], []), 0, 0
-    for is_val, text in batch:
+    for piece in batch:
+        text = piece.text
         n_bytes += len(text.encode())
-        if is_val and UNSEEN:
-            text, n = re.subn(UNSEEN, UNKNOWN, text)
+        if piece.is_val and UNSEEN:
+            text, n = UNSEEN.subn(UNKNOWN, text)
             n_unknown += n
-        ids[is_val].append(TOKENIZER.encode(text))
-        if TOKENIZER.end is not None:
-            ids[is_val].append([TOKENIZER.end])
+        ids[piece.is_val].append(TOKENIZER.encode(text))
+        if piece.ends and TOKENIZER.end is not None:
+            ids[piece.is_val].append([TOKENIZER.end])
     dtype = token_dtype(TOKENIZER.vocab_size)
     train, val = (np.concatenate([[], *part]).astype(dtype) for part in ids)
-    counts = {"documents": len(batch), "bytes": n_bytes, "unknown_characters": n_unknown}
-    return train, val, counts | {"train_tokens": len(train), "val_tokens": len(val)}
+    n_documents = sum(piece.start == 0 for piece in batch)
+    counts = (len(batch), n_documents, n_bytes, len(train), len(val), n_unknown)
+    return train, val, dict(zip(COUNTS, counts))
 
 
-def batches(documents, bar):
-    """Yield lists of (is_val, text) of about BATCH_CHARS characters; moves the progress bar along."""
+def batches(pieces, bar, lengths):
+    """Yield lists of Pieces, of about BATCH_CHARS characters; moves the bar, lists the documents' lengths."""
     batch, size = [], 0
-    for is_val, text, share in documents:
-        batch.append((is_val, text))
-        size += len(text)
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if not piece.start:
+            lengths.append(0)
+        lengths[-1:] = [piece.start + len(piece.text)]
         if size >= BATCH_CHARS:
-            bar.update(share - bar.n)
+            bar.update(piece.share - bar.n)
             yield batch
             batch, size = [], 0
     yield batch
@@ -128,47 +113,42 @@ def map_in_order(pool, function, items, ahead):
         yield waiting.popleft().result()
 
 
-def encode_all(todo, spec, unseen, num_proc):
+def encode_all(todo, state, num_proc):
     """Yield encode(batch) of all batches in order, computed by num_proc processes."""
     if num_proc == 1:
-        start_worker(spec, unseen)
+        start_worker(state["spec"], state["unseen"])
         yield from map(encode, todo)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, spawn, start_worker, (spec, unseen)) as pool:
-        yield from map_in_order(pool, encode, todo, 4 * num_proc)
+    spawn, given = multiprocessing.get_context("spawn"), (state["spec"], state["unseen"])
+    with ProcessPoolExecutor(num_proc, spawn, start_worker, given) as pool:
+        # Ctrl-C is for this process alone: workers start here, and inherit that they ignore it
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for _ in range(num_proc):
+            pool.submit(int)
+        signal.signal(signal.SIGINT, handler)
+        try:
+            yield from map_in_order(pool, encode, todo, 4 * num_proc)
+        except BrokenProcessPool:
+            what = f"one of num_proc={num_proc} processes was killed, perhaps as memory ran out"
+            raise UserError(f"{what}: repeat the command, or lower num_proc") from None
 
 
 # ---- files
 
 
-def sync(*files):
-    """Wait until what was written is on disk."""
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
+def discard(folder):
+    """Remove what an interrupted run has left."""
+    for name in ("progress.json", "train.bin.partial", "val.bin.partial"):
+        (folder / name).unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    with open(path, "w") as file:
-        file.write(json.dumps(value))
-        sync(file)
-
-
-def read_json(path):
-    """The dict in a JSON file; {} if there is none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
-
-
-def write_tokens(folder, source, state, num_proc):
-    """Append the tokens of all documents to folder/{train,val}.bin.partial; state["counts"] counts them.
+def write_tokens(folder, source, state, dtype, num_proc):
+    """Append the tokens of all pieces to folder/{train,val}.bin.partial; state["counts"] counts them.
 
     Every SAVE_EVERY seconds the state goes to folder/progress.json, where an interrupted run continues.
+    Returns the lengths of the documents in characters.
     """
-    counts, dtype = state["counts"], np.dtype(state["dtype"])
+    counts, lengths = state["counts"], []
     bar_format = "tokenizing {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
     with (
         tqdm(total=1.0, bar_format=bar_format) as bar,
@@ -178,10 +158,10 @@ def write_tokens(folder, source, state, num_proc):
         # drop what was written after the last save
         train.truncate(counts["train_tokens"] * dtype.itemsize)
         val.truncate(counts["val_tokens"] * dtype.itemsize)
-        todo = batches(source(skip=counts["documents"]), bar)
+        todo = batches(source(skip=counts["pieces"]), bar, lengths)
         start = saved = time.time()
         start_bytes = counts["bytes"]
-        for train_ids, val_ids, new in encode_all(todo, state["spec"], state["unseen"], num_proc):
+        for train_ids, val_ids, new in encode_all(todo, state, num_proc):
             train.write(train_ids.tobytes())
             val.write(val_ids.tobytes())
             for key in new:
@@ -190,17 +170,24 @@ def write_tokens(folder, source, state, num_proc):
             bar.set_postfix_str(f"{rate:.1f} MB/s")
             if time.time() - saved > SAVE_EVERY:
                 sync(train, val)
-                write_json(folder / "progress.json.partial", state)
-                (folder / "progress.json.partial").replace(folder / "progress.json")
+                configurator.write_text(folder / "progress.json", json.dumps(state))
                 saved = time.time()
         sync(train, val)
+    return lengths
+
+
+def sync(*files):
+    """Wait until what was written is on disk."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def finish(folder, meta):
     """Rename all files to their final names."""
     # A folder without meta.json is no dataset. So it is removed first and comes back last: at any
     # moment the folder holds the old dataset, none, or the new one.
-    write_json(folder / "meta.json.partial", meta)
+    configurator.write_text(folder / "meta.json.partial", json.dumps(meta))
     (folder / "meta.json").unlink(missing_ok=True)
     for name in FILES:
         (folder / f"{name}.partial").replace(folder / name)
@@ -212,24 +199,32 @@ def is_made(folder, origin):
     there = [name for name in FILES if (folder / name).exists()]
     if not there:
         return False
-    made = read_json(folder / ("meta.json" if "meta.json" in there else "meta.json.partial"))
-    if made.get("source") != origin:
-        hint = "use another --dataset=NAME, or --overwrite to replace it"
-        raise UserError(f"{folder} was made with other settings: {hint}")
+    path, made = folder / ("meta.json" if "meta.json" in there else "meta.json.partial"), {}
+    if path.exists():
+        made = configurator.read_json(path, {"source?": dict}).get("source") or {}
+    for key in made | origin:
+        if made.get(key) != origin.get(key):
+            what = f"found {key}={made.get(key)!r}, expected {origin.get(key)!r}"
+            hint = "use another --dataset=NAME, or --overwrite to replace it"
+            raise UserError(f"{folder} was made with other settings: {what}: {hint}")
     return len(there) == len(FILES)
 
 
 def saved_progress(folder, origin):
-    """The state of an interrupted run with the same settings, or None."""
-    state = read_json(folder / "progress.json")
-    if state.get("source") != origin or "dtype" not in state:
+    """The state of an interrupted run with the same settings, or None. UserError: it is damaged."""
+    path = folder / "progress.json"
+    if not path.exists():
         return None
+    shape = {"source": dict, "spec": dict, "unseen": str, "counts": dict.fromkeys(COUNTS, int)}
+    where = f"{path} (remove it to start over)"
+    state = configurator.parse_json(configurator.read_text(path), shape, where)
+    counts, dtype = state["counts"], token_dtype(load_tokenizer(state["spec"], where).vocab_size)
+    fits = state["source"] == origin and min(counts[key] for key in COUNTS) >= 0
     for split in ("train", "val"):
-        path = folder / f"{split}.bin.partial"
-        n_bytes = state["counts"][f"{split}_tokens"] * np.dtype(state["dtype"]).itemsize
-        if not path.exists() or path.stat().st_size < n_bytes:
-            return None
-    return state
+        partial = folder / f"{split}.bin.partial"
+        there = partial.stat().st_size if partial.exists() else -1
+        fits = fits and there >= counts[f"{split}_tokens"] * dtype.itemsize
+    return state if fits else None
 
 
 # ---- the dataset
@@ -247,49 +242,54 @@ def make(folder, settings, origin, spec, make_source):
     source = make_source(settings, "\n\n" if by_characters else "")
     state = saved_progress(folder, origin)
     if state:
-        print(f"continuing after {state['counts']['documents']:,} documents")
+        print(f"continuing after {state['counts']['bytes'] / 1e6:,.1f} MB")
     else:
-        (folder / "progress.json").unlink(missing_ok=True)
-        unseen = None
+        discard(folder)
+        unseen = ""
         if not spec:
             print("learning the vocabulary")
-            spec, unseen = learn_vocabulary(kind, origin.get("vocab_size"), source)
-        keys = ("train_tokens", "val_tokens", "documents", "bytes", "unknown_characters")
-        state = {"source": origin, "spec": spec, "unseen": unseen, "counts": dict.fromkeys(keys, 0)}
-    counts, vocab_size = state["counts"], load_tokenizer(state["spec"]).vocab_size
-    state["dtype"] = token_dtype(vocab_size).name
-    start, start_bytes = time.time(), counts["bytes"]
-    write_tokens(folder, source, state, settings.num_proc)
-
+            spec, unseen = learn(kind, origin.get("vocab_size"), source)
+        counts = dict.fromkeys(COUNTS, 0)
+        state = {"source": origin, "spec": spec, "unseen": unseen, "counts": counts}
+    counts, vocab_size = state["counts"], load_tokenizer(state["spec"], folder).vocab_size
+    dtype = token_dtype(vocab_size)
+    lengths = write_tokens(folder, source, state, dtype, settings.num_proc) or [0]
     n_documents, n_train, n_val = (counts[k] for k in ("documents", "train_tokens", "val_tokens"))
     if not n_train or not n_val:
+        discard(folder)
         raise UserError(
             f"{n_documents} documents gave {n_train} training and {n_val} validation tokens: change "
-            f"val_fraction={settings.val_fraction}; in .txt, a blank line ends a document"
+            f"val_fraction={settings.val_fraction} or documents={settings.documents!r}, or add text"
         )
-    meta = {"dtype": state["dtype"], "vocab_size": vocab_size, "tokenizer": state["spec"]}
+    meta = {"dtype": dtype.name, "vocab_size": vocab_size, "tokenizer": state["spec"]}
     finish(folder, meta | counts | {"source": origin})
-    rate = (counts["bytes"] - start_bytes) / 1e6 / (time.time() - start)
     print(
-        f"{folder}: {n_train:,} training and {n_val:,} validation tokens of {n_documents:,} documents, "
-        f"a vocabulary of {vocab_size:,} ({kind}), {counts['unknown_characters']:,} unknown characters, "
-        f"{rate:.1f} MB/s"
+        f"{folder}: {n_train:,} training and {n_val:,} validation tokens\n"
+        f"{n_documents:,} documents, median length {statistics.median(lengths):,.0f} characters, "
+        f"a vocabulary of {vocab_size:,} ({kind}), {(n_train + n_val) / counts['bytes']:.3f} tokens "
+        f"per byte, {counts['unknown_characters']:,} unknown characters"
     )
+    if n_val < FEW_TOKENS:
+        print(f"warning: a loss on {n_val:,} tokens is rough: add text, or raise val_fraction")
 
 
 def given_tokenizer(kind):
     """The spec that --tokenizer asks for; None: a char or bpe, to be learned. UserError: unknown."""
     if kind in KINDS:
         return {"kind": "gpt2"} if kind == "gpt2" else None
-    spec = read_json(Path(kind) / "meta.json").get("tokenizer")  # of a dataset
-    if not spec and (Path(kind) / "ckpt.pt").is_file():
+    path, run = Path(kind) / "meta.json", Path(kind) / "ckpt.pt"
+    if path.is_file():
+        spec = configurator.read_json(path, {"tokenizer": dict})["tokenizer"]
+    elif run.is_file():
         from model import load_checkpoint  # imports torch, which nothing else here needs
 
-        spec = load_checkpoint(kind)["meta"]["tokenizer"]
-    if not spec:
-        hint = f"expected {', '.join(KINDS)} or the folder of a dataset or run that has one"
+        path, spec = run, load_checkpoint(run)["meta"]["tokenizer"]
+    else:
+        hint = (
+            f"expected {', '.join(KINDS)}, or the folder of a dataset (meta.json) or run (ckpt.pt)"
+        )
         raise UserError(f"unknown tokenizer {kind!r}: {hint}")
-    return spec
+    return load_tokenizer(spec, path).spec
 
 
 def main(argv):
@@ -300,26 +300,39 @@ def main(argv):
     if not re.fullmatch(r"[\w-]([\w.-]*[\w-])?", settings.dataset):
         what = "a name of letters, digits, _ and -, with dots only inside"
         raise UserError(f"dataset={settings.dataset!r} must be {what}")
-    if not 0 < settings.val_fraction < 1:
-        raise UserError(f"val_fraction={settings.val_fraction} must be between 0 and 1")
-    if settings.num_proc < 1:
-        raise UserError(f"num_proc={settings.num_proc} must be at least 1")
 
     make_source, kind, vocab_size = BUILT_IN.get(settings.dataset, (own_text, "gpt2", 8192))
     kind = settings.tokenizer or kind
     spec = given_tokenizer(kind)
     folder = Path(settings.data_dir) / settings.dataset
-    if settings.input:
-        keep_apart(settings.input, folder)
+    if settings.input and make_source is plays:
+        hint = "to read your own text, name it, as in --dataset=mine"
+        raise UsageError(f"input={settings.input!r}: {settings.dataset} reads none; {hint}")
     origin = {"dataset": settings.dataset, "input": settings.input, "tokenizer": kind}
     if kind == "bpe":
         origin["vocab_size"] = settings.vocab_size or vocab_size
-    if make_source is own_text and settings.input:
-        # the size shows when a text has changed
-        origin["input_bytes"] = sum(path.stat().st_size for path in input_files(settings.input))
-        origin["val_fraction"] = settings.val_fraction
+    is_own = make_source is own_text and settings.input
+    if is_own or (settings.input and Path(settings.input).exists()):  # it may be a name on the Hub
+        texts, _ = input_files(settings.input)
+        keep_apart(texts, folder)
+    if is_own:
+        origin |= own_origin(settings, texts)
+    settings.documents = settings.documents or "blank_line"
+    if settings.input and settings.documents != "blank_line":  # datasets of older versions lack it
+        origin["documents"] = settings.documents
     with hold(folder):
-        make(folder, settings, origin, spec, make_source)
+        try:
+            make(folder, settings, origin, spec, make_source)
+        except BaseException as error:
+            if not (folder / "progress.json").exists():  # there is nothing to continue
+                with contextlib.suppress(OSError):
+                    discard(folder)
+            if isinstance(error, KeyboardInterrupt):
+                raise UserError(f"{folder}: interrupted; repeat the command to continue") from None
+            if isinstance(error, OSError):
+                what = f"{error.filename or folder}: {error.strerror or error}"
+                raise UserError(f"{what}; mend this, then repeat the command to continue") from None
+            raise
 
 
 if __name__ == "__main__":

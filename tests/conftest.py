@@ -36,7 +36,7 @@ def make_dataset(folder, name, texts, *args):
     text = folder / "text.txt"
     text.write_text("\n\n".join(texts))
     where = [f"--data_dir={folder}", f"--dataset={name}", f"--input={text}"]
-    prepare_data.main([*where, "--num_proc=1", *args])
+    prepare_data.main([*where, "--num_proc=1", "--documents=blank_line", *args])
     return folder
 
 

