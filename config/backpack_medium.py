@@ -3,6 +3,8 @@
 #   python prepare_data.py --dataset=fineweb_edu
 #   torchrun --nproc_per_node=8 train.py config/backpack_medium.py
 # hardware: 8 A100-80GB; time and loss: not measured
+# Estimated, not measured: batch_size=32 needs 25 GB of a GPU; a card of 24 GB takes 16 (17 GB).
+# At 40% of the peak an H100 trains 170,000 tokens/s, an A100 55,000.
 
 out_dir = "out/backpack_medium"
 dataset = "fineweb_edu"
@@ -11,7 +13,7 @@ block_size = 512
 n_layer, n_head, n_embd, n_sense = 24, 16, 1024, 16
 
 tokens_per_step = 512 * 1024
-batch_size = 16  # sequences per GPU and micro-batch
+batch_size = 32  # sequences per GPU and micro-batch
 max_iters = 100_000
 learning_rate, min_lr, schedule = 0.0003, 3e-05, "cosine"
 warmup_iters = 2000

@@ -5,6 +5,8 @@
 # validation perplexity on OpenWebText: 24.5 (paper)
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
+# Estimated, not measured: batch_size=64 needs 9 GB of a GPU; also fits 24 GB.
+# At 40% of the peak an H100 trains 890,000 tokens/s, an A100 280,000.
 
 out_dir = "out/gpt2_mini"
 dataset = "openwebtext"
@@ -14,4 +16,4 @@ n_layer, n_head, n_embd, n_sense = 8, 8, 640, 0
 dropout = 0.1
 
 tokens_per_step = 512 * 1024
-batch_size = 32  # sequences per GPU and micro-batch
+batch_size = 64  # sequences per GPU and micro-batch

@@ -5,6 +5,8 @@
 # validation perplexity on OpenWebText: 20.2 (paper)
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
+# Estimated, not measured: batch_size=64 needs 15 GB of a GPU; also fits 24 GB.
+# At 40% of the peak an H100 trains 510,000 tokens/s, an A100 160,000.
 
 out_dir = "out/gpt2_small"
 dataset = "openwebtext"
@@ -14,4 +16,4 @@ n_layer, n_head, n_embd, n_sense = 12, 12, 768, 0
 dropout = 0.1
 
 tokens_per_step = 512 * 1024
-batch_size = 16  # sequences per GPU and micro-batch
+batch_size = 64  # sequences per GPU and micro-batch
