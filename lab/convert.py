@@ -12,47 +12,51 @@ A source's layout is detected from tensor names; every tensor must find its plac
 pickled in a source is executed: tensors and plain containers are read, anything else is left out.
 """
 
-import contextlib
 import hashlib
 import json
 import pickle
-from dataclasses import asdict, dataclass
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from configurator import UserError, configure, hold, run
+import configurator
+from configurator import UserError, checked, configure, hold, read_json, run, write_text
+from lab.edit import expect_edits
 from lab.export import cast, export, from_transformers
-from lab.layouts import LAYOUTS, detect, infer_config, to_ours
+from lab.layouts import LAYOUTS, TRANSFORMERS, detect, infer_config, to_ours
 from model import Backpack, BackpackConfig, load_checkpoint, upgrade
 from tokenizer import require
 from train import save_checkpoint
 
-CHOICES = {
-    "to": ("run", *LAYOUTS),
-    "layout": ("auto", *LAYOUTS),
-    "tokenizer": (None, "gpt2", "none"),
-    "dtype": ("auto", "keep", "float32", "float16", "bfloat16"),
-}
+Target, Layout = Literal["run", *LAYOUTS], Literal["auto", *LAYOUTS]
+Words = Literal["auto", "gpt2", "none"]
+Kept = Literal["auto", "keep", "float32", "float16", "bfloat16"]
 IMPORT_KEYS = ("layout", "n_head", "n_sense", "tokenizer", "trust_pickle")  # a run knows these
 # what a new run replaces or removes in its folder
 REPLACED_FILES = ("ckpt.pt", "best.pt", "edits.json", "metrics.jsonl", "config.json", "meta.json")
+# of a source's config.json, beside the network's settings
+DESCRIBED = {"layout?": set(LAYOUTS), "n_head?": int, "vocab_size?": int, "edits?": {"list?": list}}
+NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
+NUMBERS |= {torch.uint8, torch.bool}  # of masks
 
 
 @dataclass
 class Settings:
     source: str = ""  # a Hub id, a file (.bin, .safetensors, .ckpt), a folder, or a run of ours
     dest: str = ""  # the folder to write
-    to: str = "run"  # or hf, for transformers, or a published layout (see layout)
-    layout: str = "auto"  # or one of backpack-gpt2, levanter, gpt2, lightning, lightning-gpt2, hf
-    n_head: int | None = None  # None: from the source's config.json, or from the known sizes
-    n_sense: int = 0  # of a plain GPT-2: add this many new senses per token, to be trained
-    tokenizer: str | None = None  # gpt2, none; None: gpt2 if the vocabulary fits, else the source's
-    dtype: str = "auto"  # keep, float32, float16, bfloat16; auto: keep, but float16 from run to run
+    to: Target = "run"  # or hf, for transformers, or a published layout: see layout
+    layout: Layout = "auto"  # backpack-gpt2, levanter, gpt2, lightning, lightning-gpt2, hf, auto
+    n_head: int | None = None  # [1, 1000] None: from config.json, or from the known sizes
+    n_sense: int = 0  # [0, 1e4] of a plain GPT-2: add so many new senses per token, to be trained
+    tokenizer: Words = "auto"  # gpt2, none; auto: gpt2 if it has this size, else the source's
+    dtype: Kept = "auto"  # keep, float32, float16, bfloat16; auto: keep, but float16 run to run
     trust_pickle: bool = False  # load more than plain tensors, executing what is pickled
     edits: str | None = None  # with --to=hf: a JSON file of edits (lab/edit.py) to apply there
     overwrite: bool = False  # replace what dest has under the names that are written
-    seed: int = 1337  # of new senses
+    seed: int = 1337  # [0, 4294967295] of new senses
 
 
 # ---- reading files
@@ -105,29 +109,26 @@ def read_tensors(path, trust_pickle=False):
         if path.suffix == ".safetensors":
             found = require("safetensors.torch", str(path)).load_file(path)
         else:
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+                raise ValueError("a checksum is wrong")
             module = None if trust_pickle else PlainPickle
             found = torch.load(path, "cpu", pickle_module=module, weights_only=False)
     except UserError:
         raise
     except Exception as error:  # zip, pickle, storage and header errors have no common class
         text = str(error)[:200]
-        raise UserError(f"{path} is truncated or holds no tensors: {text!r}") from None
+        raise UserError(f"{path} is damaged or holds no tensors: {text!r}") from None
     if isinstance(found, dict):
         found = found.get("state_dict", found.get("model", found))
     if not isinstance(found, dict) or not all(torch.is_tensor(value) for value in found.values()):
         hint = "--trust_pickle loads it, and executes what is in it"
-        raise UserError(f"{path} holds more than tensors: {hint}")
+        raise UserError(f"{path}: found more than tensors: {hint}")
+    for name, t in found.items():
+        whole = t.layout == torch.strided and t.nbytes <= t.untyped_storage().nbytes()
+        if type(name) is not str or not whole or t.dtype not in NUMBERS:
+            what = f"found a tensor of {t.dtype} and {t.layout}"
+            raise UserError(f"{path}, {name!r}: {what}, expected plain numbers of 16 bits or more")
     return found
-
-
-def json_object(path):
-    """The JSON object in a file; {} if there is none. UserError: it is something else."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a JSON object: {error}") from None
 
 
 def find_files(source):
@@ -143,7 +144,7 @@ def find_files(source):
                 if any(path.glob(pattern)):
                     break
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            reason = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:120]}"
             raise UserError(f"source={source}: not here, and not on the Hub: {reason}") from None
     for pattern in patterns:
         files = sorted(path.glob(pattern))
@@ -168,69 +169,97 @@ def read_run(source):
     if "source" in ckpt["settings"]:  # imports before 2026-11-24 have it there
         found = {key: ckpt["settings"].get(f"source_{key}") for key in ("layout", "sha256", "rows")}
         found["name"] = ckpt["settings"]["source"]
-    log = (path if path.is_dir() else path.parent) / "metrics.jsonl"
-    records = []
-    for line in log.read_text().splitlines() if log.is_file() else []:
-        with contextlib.suppress(ValueError):  # half a line of a run that was killed
-            records.append(json.loads(line))
+    log, records = (path if path.is_dir() else path.parent) / "metrics.jsonl", []
+    if log.is_file():
+        shape = {"step": int, "val_loss?": float}
+        # a run that was killed may have left half a line
+        *lines, _ = configurator.read_text(log).split("\n")
+        for n, line in enumerate(lines, 1):
+            records.append(configurator.parse_json(line, shape, f"{log}, line {n}"))
     return kept | {"source": found}, [r for r in records if r["step"] <= ckpt["step"]]
 
 
-def read_weights(s):
-    """(a checkpoint of weights that others saved, the edits of an export). UserError."""
-    path, files = find_files(s.source)
-    described = json_object(path / "config.json")
-    tensors, sha256 = {}, {}
-    for file in files:
-        tensors |= read_tensors(file, s.trust_pickle)
-        with open(file, "rb") as stream:
-            sha256[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    layout = s.layout
-    if layout == "auto":
-        layout = described.get("layout") or detect(tensors)
+def fit(s, tensors, described, layout):
+    """Tensors in a layout as (state_dict of Backpack, BackpackConfig, a report of what was changed).
+
+    described: what config.json says. UserError: they don't fit each other, the layout or the settings.
+    """
     state, report = to_ours(tensors, layout)
-    if s.n_sense and "sense_qk.weight" in state:
-        raise UserError(f"n_sense={s.n_sense}: these weights have senses of their own")
+    if s.n_sense and layout not in TRANSFORMERS:
+        raise UserError(f"n_sense={s.n_sense} is for {' and '.join(TRANSFORMERS)}, found {layout}")
+    if layout == "hf":  # our own config.json has the network's settings under their names
+        values = asdict(BackpackConfig()) | described
+    else:
+        vocab_size = 50257 if s.tokenizer == "gpt2" else None
+        values = infer_config(state, described, layout, s.n_head, s.n_sense, vocab_size)
+    for f in fields(BackpackConfig):
+        if f.name in values:
+            values[f.name] = checked(BackpackConfig, f.name, values[f.name], "of this source")
+    old = upgrade({"model": state, "config": values})  # exports before 2026-11-24 are like old runs
     try:
-        # our own config.json has all fields, also those of exports before 2026-11-24
-        if layout == "hf":
-            old = upgrade({"model": state, "config": described})
-            state, config = old["model"], BackpackConfig(**old["config"])
-        else:
-            vocab_size = 50257 if s.tokenizer == "gpt2" else None
-            config = infer_config(state, described, layout, s.n_head, s.n_sense, vocab_size)
-    except (ValueError, TypeError, KeyError) as error:
+        state, config = old["model"], BackpackConfig(**old["config"])
+    except ValueError as error:
         raise UserError(str(error)) from None
-    rows, padded = len(state["wte.weight"]), -(-config.vocab_size // 8) * 8
+    rows, V = len(state["wte.weight"]), config.vocab_size
+    padded = -(-V // 8) * 8
+    if rows < V:
+        raise UserError(f"wte.weight has {rows} rows, fewer than a vocabulary of {V} tokens")
     if rows > padded:
         report["dropped"].append(f"rows {padded} to {rows} of wte.weight")  # these have no logits
     state["wte.weight"] = torch.nn.functional.pad(state["wte.weight"], (0, 0, 0, padded - rows))
     if s.n_sense:
         torch.manual_seed(s.seed)
         state = Backpack(config).state_dict() | state
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in Backpack(config).state_dict().items()}
+    for name in shapes | state:
+        found = list(state[name].shape) if name in state else "none"
+        if found != shapes.get(name, "none"):
+            raise UserError(f"{name}: found shape {found}, expected {shapes.get(name, 'none')}")
+        if not state[name].isfinite().all():
+            raise UserError(f"{name}: found infinite numbers or nan, expected finite ones")
+    return state, config, report | {"rows": V if layout == "hf" else rows}
+
+
+def read_weights(s):
+    """(a checkpoint of weights that others saved, the edits of an export). UserError."""
+    path, files = find_files(s.source)
+    about, described = path / "config.json", {}
+    if about.is_file():
+        described = read_json(about, DESCRIBED)
+    tensors, sha256 = {}, {}
+    for file in files:
+        tensors |= read_tensors(file, s.trust_pickle)
+        with open(file, "rb") as stream:
+            sha256[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        layout = described.get("layout") if s.layout == "auto" else s.layout
+        layout = layout or detect(tensors)
+        state, config, report = fit(s, tensors, described, layout)
+    except UserError as error:
+        where = files[0] if len(files) == 1 else path
+        raise UserError(f"{where}{' and config.json' if described else ''}: {error}") from None
     spec = None
-    if s.tokenizer == "gpt2" or (s.tokenizer is None and config.vocab_size == 50257):
+    if s.tokenizer == "gpt2" or (s.tokenizer == "auto" and config.vocab_size == 50257):
         spec = {"kind": "gpt2"}
-    elif s.tokenizer is None:
-        spec = from_transformers(json_object(path / "tokenizer.json"), config.vocab_size)
-    source = {"name": s.source, "layout": layout, "sha256": sha256, "report": report}
-    source["rows"] = config.vocab_size if layout == "hf" else rows
+    elif s.tokenizer == "auto" and (path / "tokenizer.json").is_file():
+        spec = from_transformers(path / "tokenizer.json", config.vocab_size)
+    source = {"name": s.source, "layout": layout, "sha256": sha256, "rows": report.pop("rows")}
     ckpt = {
         "model": state,
         "config": asdict(config),
         "settings": {},
         "step": 0,
         "meta": {"tokenizer": spec, "vocab_size": config.vocab_size},
-        "source": source,
+        "source": source | {"report": report},
     }
-    shapes = {name: tensor.to("meta") for name, tensor in state.items()}
-    Backpack.from_checkpoint(ckpt | {"model": shapes}, "meta")  # refuses what doesn't fit
     print(
         f"{layout}: {report['renamed']} tensors, {len(report['transposed'])} transposed, "
         f"{len(report['dropped'])} dropped (repeated, masks, edits)\n{config}\n"
         f"tokenizer: {spec['kind'] if spec else 'none'}"
     )
-    return ckpt, (described.get("edits") or {}).get("list", [])
+    edits = (described.get("edits") or {}).get("list") or []
+    return ckpt, expect_edits(edits, f"{about}, edits")
 
 
 # ---- writing
@@ -260,23 +289,19 @@ def write_run(dest, ckpt, edits, metrics):
     for name in REPLACED_FILES[1:]:  # of the run before
         (dest / name).unlink(missing_ok=True)
     if edits:
-        (dest / "edits.json").write_text(json.dumps(edits))
+        write_text(dest / "edits.json", json.dumps(edits))
         print(f"its edits are in {dest / 'edits.json'}: --edits={dest / 'edits.json'} applies them")
     if metrics:
         lines = [json.dumps(record) + "\n" for record in metrics]
-        (dest / "metrics.jsonl").write_text("".join(lines))
+        write_text(dest / "metrics.jsonl", "".join(lines))
     described = ckpt["config"] | ckpt["settings"] | {"source": ckpt["source"]}
-    (dest / "config.json").write_text(json.dumps(described, indent=1))
+    write_text(dest / "config.json", json.dumps(described, indent=1))
     size = sum(tensor.numel() for tensor in ckpt["model"].values())
     print(f"{dest}: a run of {size:,} parameters, step {ckpt['step']}")
 
 
 def main(argv):
     s, sources = configure(Settings, argv, __doc__)
-    for key, allowed in CHOICES.items():
-        if getattr(s, key) not in allowed:
-            names = ", ".join(map(str, allowed))
-            raise UserError(f"{key}={getattr(s, key)!r}: expected one of {names}")
     if not s.source or not s.dest:
         raise UserError("give --source=WHAT and --dest=FOLDER; --help has examples")
     if s.edits and s.to != "hf":

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, expect, parse_json, read_text, run, write_text
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
 from lab.teach import read_examples, teach, validation_windows
 from sample import open_run
-from tokenizer import word_id, word_ids
+from tokenizer import load_tokenizer, word_id, word_ids
 
 FORMS = {  # an edit as text; in a file, the names in braces are its keys
     "scale": "{word} {sense} {factor}",
@@ -37,6 +37,14 @@ FORMS = {  # an edit as text; in a file, the names in braces are its keys
     "topic": "{words} {strength}",
     "replace": "{word} {sense} by {by} {by_sense}",
 }
+SHAPES = {  # of an edit's values; the sense of a scale may also be "all"
+    "scale": {"word": str, "sense": int, "factor": float},
+    "swap": {"word": str, "from": str, "to": str},
+    "topic": {"words": str, "strength": float},
+    "replace": {"word": str, "sense": int, "by": str, "by_sense": int},
+}
+OF_VECTOR = {"word": str, "sense": int, "vector": [float], "adds?": str}
+LARGEST = 1e6  # of the numbers that edits make, so that logits stay finite
 
 
 @dataclass
@@ -44,19 +52,19 @@ class Settings:
     run: str | None = None  # a run folder or checkpoint file; None: the newest run in out/
     edits: str | None = None  # a JSON file of edits: listed, and written when it changes
     edit: str = ""  # to add: "scale river 4 0; swap Chicago: Illinois -> Texas; topic sports 2"
-    remove: int | None = None  # the number of an edit to remove
+    remove: int | None = None  # [1, 1e9] the number of an edit to remove
     teach: str | None = None  # learn vectors from a file of {"prompt", "good", "bad"}, one per line
-    n_vector: int = 10  # how many to learn
-    enough: float = 0.5  # stop teaching when every good continuation has this probability
-    max_kl: float = 0.002  # ... or before other text changes by more than this, in nats per token
-    kl_weight: float = 1.0  # weight of that change in the loss
-    elsewhere: float = 1000.0  # how strongly use in other text speaks against a vector
-    learning_rate: float = 0.03  # of Adam, in teaching
-    steps: int = 150  # at most
+    n_vector: int = 10  # [1, 1e4] how many to learn
+    enough: float = 0.5  # [0, 1] stop teaching when every good continuation has this probability
+    max_kl: float = 0.002  # [0, 100] ... or before other text changes more, in nats per token
+    kl_weight: float = 1.0  # [0, 1e6] weight of that change in the loss
+    elsewhere: float = 1000.0  # [0, 1e9] how strongly use in other text speaks against a vector
+    learning_rate: float = 0.03  # (0, 100] of Adam, in teaching
+    steps: int = 150  # [1, 1e6] at most
     dataset: str | None = None  # other text comes from its val.bin; None: the run's own dataset
     data_dir: str = "data"  # where datasets lie
-    n_window: int = 64  # windows of other text
-    seed: int = 1337  # of all that is drawn
+    n_window: int = 64  # [2, 1e5] windows of other text
+    seed: int = 1337  # [0, 4294967295] of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
 
 
@@ -67,28 +75,53 @@ def parse(text):
         part = part.strip()
         if not part:
             continue
-        name, _, rest = part.partition(" ")
+        where, (name, _, rest) = f"edit {part[:60]!r}", part.partition(" ")
         pattern = re.sub(r"\{(\w+)\}", r'(?P<\1>"[^"]+"|\\S+)', FORMS.get(name, ""))
         match = re.fullmatch(pattern, rest.strip())
         if name not in FORMS or not match:
-            forms = "; ".join(f"{name} {form}" for name, form in FORMS.items())
-            forms = forms.replace("{", "").replace("}", "")
-            raise UserError(f"edit {part!r}: expected one of: {forms}")
+            known = [name] if name in FORMS else FORMS
+            forms = "; ".join(f"{name} {FORMS[name]}" for name in known)
+            forms = re.sub(r"\{(\w+)\}", lambda key: key[1].upper(), forms)
+            raise UserError(f"{where}: expected {forms}")
         edit = {"edit": name} | match.groupdict()
         for key in {"sense", "factor", "strength", "by_sense"} & edit.keys():
-            # what stays text is "all" or refused by make_edits
-            with contextlib.suppress(ValueError):
-                edit[key] = json.loads(edit[key])
-        edits.append(edit)
+            text = edit[key]
+            with contextlib.suppress(ValueError):  # it stays text, or what float has made of it
+                edit[key] = float(text)
+                edit[key] = int(text)
+        edits.append(expect_edit(edit, where))
     return edits
 
 
+def expect_edit(edit, where):
+    """edit, if it is one of FORMS with values of the right types. UserError: it is not."""
+    name = expect(edit, {"edit": set(FORMS)}, where)["edit"]
+    shape = OF_VECTOR if name == "replace" and "vector" in edit else SHAPES[name]
+    if name == "scale" and edit.get("sense") == "all":
+        shape = shape | {"sense": str}
+    expect(edit, shape, where)
+    if name == "scale" and edit["factor"] < 0:
+        raise UserError(f"{where}, factor: found {edit['factor']}, expected 0 or more")
+    if name == "topic" and edit["strength"] not in STRENGTHS:
+        raise UserError(f"{where}, strength: found {edit['strength']}, expected 1, 2 or 3")
+    return edit
+
+
+def expect_edits(found, where):
+    """A list of edits, or one, as a list. UserError: something in it is no edit."""
+    edits = found if isinstance(found, list) else [found]
+    return [expect_edit(edit, f"{where}, edit {n}") for n, edit in enumerate(edits, 1)]
+
+
 def describe(edit):
-    """An edit as the text that parse reads; of a vector only its norm."""
+    """An edit as the text that parse reads, on one line; of a vector only its norm."""
     if "vector" in edit:
         norm = math.hypot(*edit["vector"])
-        return f"replace {edit['word']} {edit['sense']} by a vector of norm {norm:.2f}"
-    return f"{edit['edit']} {FORMS[edit['edit']].format(**edit)}"
+        text = f"replace {edit['word']} {edit['sense']} by a vector of norm {norm:.4g}"
+    else:
+        text = f"{edit['edit']} {FORMS[edit['edit']].format(**edit)}"
+    # a word may be a token of a line break or of control characters
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def summary(edits):
@@ -100,30 +133,9 @@ def read_edits(path):
     """The list of edits in a JSON file; [] without a path. UserError: no such file, or bad edits."""
     if not path:
         return []
-    try:
-        edits = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    edits = edits if isinstance(edits, list) else [edits]
-    for n, edit in enumerate(edits, 1):
-        name = edit.get("edit") if isinstance(edit, dict) else None
-        if name not in FORMS:
-            known = ", ".join(FORMS)
-            raise UserError(f'{path}, edit {n}: expected {{"edit": one of {known}, ...}}')
-        keys = re.findall(r"\{(\w+)\}", FORMS[name])
-        if name == "replace" and "vector" in edit:
-            keys = ["word", "sense", "vector"]
-        if not edit.keys() >= set(keys):
-            raise UserError(f"{path}, edit {n}: {name} needs {', '.join(keys)}")
-        for key in {"word", "words", "from", "to", "by"} & edit.keys():
-            if not isinstance(edit[key], str):
-                raise UserError(f"{path}, edit {n}: {key}={edit[key]!r} must be text")
-        vector = edit.get("vector", [])
-        if not isinstance(vector, list) or not all(type(v) in (int, float) for v in vector):
-            raise UserError(f"{path}, edit {n}: vector must be a list of numbers")
-    return edits
+    text = read_text(path)
+    one = text.lstrip().startswith("{")
+    return expect_edits(parse_json(text, dict if one else list, path), path)
 
 
 @torch.no_grad()
@@ -136,9 +148,15 @@ def make_edits(model, tokenizer, edits):
         raise UserError("this run is a plain Transformer (n_sense=0): it has no senses to edit")
 
     def sense(edit, key="sense"):
-        if type(edit[key]) is not int or not 0 <= edit[key] < K:
-            raise UserError(f"{describe(edit)}: {key}={edit[key]!r} must be from 0 to {K - 1}")
+        if not 0 <= edit[key] < K:
+            raise UserError(f"{describe(edit)}: found {key} {edit[key]}, expected 0 to {K - 1}")
         return edit[key]
+
+    def token_of(edit, key="word"):
+        try:
+            return word_id(tokenizer, edit[key])
+        except UserError as error:
+            raise UserError(f"{describe(edit)}: {error}") from None
 
     scale, offset = {}, {}  # of each edited token: (K,) and (K,D)
 
@@ -147,43 +165,42 @@ def make_edits(model, tokenizer, edits):
         C = model.own_senses(torch.tensor(token, device=E.device))
         return scale[token][:, None] * C + offset[token] if token in scale else C
 
-    tokens = [
-        None if edit["edit"] == "topic" else word_id(tokenizer, edit["word"]) for edit in edits
-    ]
+    tokens = [None if edit["edit"] == "topic" else token_of(edit) for edit in edits]
     for token, edit in zip(tokens, edits):
         if token is not None and token not in scale:
             scale[token], offset[token] = E.new_ones(K), E.new_zeros(K, E.size(1))
         if edit["edit"] == "swap":
-            old, new = (E[word_id(tokenizer, edit[key])] for key in ("from", "to"))
+            old, new = (E[token_of(edit, key)] for key in ("from", "to"))
             offset[token] = swapped(senses_now(token), old, new)
             scale[token] = E.new_zeros(K)
         elif edit["edit"] == "replace" and "vector" in edit:
             if len(edit["vector"]) != E.size(1):
-                sizes = f"{E.size(1)} numbers, not {len(edit['vector'])}"
-                raise UserError(f"{describe(edit)}: expected {sizes}")
+                sizes = f"found {len(edit['vector'])} numbers, expected {E.size(1)}"
+                raise UserError(f"{describe(edit)}: {sizes}")
             offset[token][sense(edit)] = E.new_tensor(edit["vector"])
             scale[token][sense(edit)] = 0.0
         elif edit["edit"] == "replace":
-            new = senses_now(word_id(tokenizer, edit["by"]))[sense(edit, "by_sense")]
+            new = senses_now(token_of(edit, "by"))[sense(edit, "by_sense")]
             offset[token][sense(edit)] = new
             scale[token][sense(edit)] = 0.0
     # scaling a sense is the same as scaling its weight; after all vectors, so that edits multiply
     for token, edit in zip(tokens, edits):
         if edit["edit"] == "scale":
-            factor = edit["factor"]
-            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
-                what = f"factor={factor!r} must be a number, at least 0"
-                raise UserError(f"{describe(edit)}: {what}")
             which = slice(None) if edit["sense"] == "all" else sense(edit)
-            scale[token][which] *= factor
-            offset[token][which] *= factor
+            scale[token][which] *= edit["factor"]
+            offset[token][which] *= edit["factor"]
+
+    for token, edit in zip(tokens, edits):
+        if token is not None:
+            most = torch.cat([scale[token], offset[token].flatten()]).abs().max().item()
+            if not most < LARGEST:  # nan is not
+                what = f"found numbers of {most:g}, expected less than {LARGEST:g}"
+                raise UserError(f"{describe(edit)}: {what}")
 
     w, f = [E.new_zeros(0, V, K)], []
     for edit in edits:
         if edit["edit"] == "topic":
             strength = edit["strength"]
-            if type(strength) not in (int, float) or strength not in STRENGTHS:
-                raise UserError(f"{describe(edit)}: strength={strength!r} must be 1, 2 or 3")
             bag = sorted({word_ids(tokenizer, word)[0] for word in edit["words"].split(",")})
             peaks = sense_peaks(model, peaks_progress)
             w.append(topic_weights(model, bag, strength, peaks, tokenizer.end)[None])
@@ -200,9 +217,10 @@ def make_edits(model, tokenizer, edits):
 
 
 def need_tokenizer(r):
-    """Raise UserError if a run of open_run has no tokenizer."""
+    """r, from open_run. UserError: the run has no tokenizer."""
     if r.tokenizer is None:
-        raise UserError(f"{r.path} has no tokenizer: import it with --tokenizer=gpt2")
+        load_tokenizer(None, r.path)
+    return r
 
 
 def peaks_progress(parts):
@@ -211,16 +229,11 @@ def peaks_progress(parts):
 
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    least = {"n_vector": 1, "n_window": 2, "steps": 1, "max_kl": 0, "learning_rate": 0}
-    for key, value in least.items():
-        if getattr(s, key) < value:
-            raise UserError(f"{key}={getattr(s, key)} must be at least {value}")
     edits = read_edits(s.edits) if s.edits and Path(s.edits).exists() else []
-    r = open_run(s.run, s.device)
-    need_tokenizer(r)
+    r = need_tokenizer(open_run(s.run, s.device))
     if s.remove is not None:
         if not 1 <= s.remove <= len(edits):
-            raise UserError(f"remove={s.remove}: there are {len(edits)} edits")
+            raise UserError(f"remove={s.remove}: found {len(edits)} edits, expected one of these")
         del edits[s.remove - 1]
     edits += parse(s.edit)
     # raises for what doesn't fit, before anything is written
@@ -233,9 +246,7 @@ def main(argv):
         print(f"{n:3}  {describe(edit)}" + (f", adds {edit['adds']}" if "adds" in edit else ""))
     if s.edits and (s.edit or s.teach or s.remove is not None):
         lines = [json.dumps(edit, ensure_ascii=False) for edit in edits]
-        temporary = Path(s.edits + ".tmp")
-        temporary.write_text("[" + ",\n ".join(lines) + "]\n")
-        temporary.replace(s.edits)
+        write_text(s.edits, "[" + ",\n ".join(lines) + "]\n")
 
 
 if __name__ == "__main__":

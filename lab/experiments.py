@@ -11,8 +11,6 @@ This is the newest run in out/ unless --run=FOLDER says otherwise; --words also 
 A difference within the intervals is none, and small models say nothing about large ones.
 """
 
-import csv
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -23,12 +21,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, expect, read_json, read_text, run
 from lab.edit import make_edits, need_tokenizer, read_edits
 from lab.look import word_senses
 from lab.teach import damage, validation_tokens, validation_windows
 from sample import open_run
 from tokenizer import require, word_id, word_ids
+from train import get_batch
 
 # of each file the separator, and the columns of the two words and of the score that people gave
 SETS = {"SimLex-999.txt": ("\t", 0, 1, 3), "SimVerb-3500.txt": ("\t", 0, 1, 3)}
@@ -45,13 +44,13 @@ class Settings:
     damage: str | None = None  # a JSON file of edits
     words: bool = False  # word perplexity, each document by itself
     prompts: str | None = None  # your own professions, prompts and topics: see lab/stimuli.json
-    transformer: str | None = None  # with bias: a run with n_sense=0 whose embeddings are changed
-    num_samples: int = 20  # with topics: texts for each topic and strength
-    max_new_tokens: int = 100  # ... and their length
-    n_bootstrap: int = 1000  # bootstrap samples for the intervals
+    transformer: str | None = None  # with bias: a run with n_sense=0, also with this tokenizer
+    num_samples: int = 20  # [1, 1e4] with topics: texts for each topic and strength
+    max_new_tokens: int = 100  # [1, 1e6] ... and their length
+    n_bootstrap: int = 1000  # [1, 1e4] bootstrap samples for the intervals
     dataset: str | None = None  # with damage or words: text of its val.bin; None: the run's dataset
     data_dir: str = "data"  # where datasets lie
-    seed: int = 1337  # of all that is drawn
+    seed: int = 1337  # [0, 4294967295] of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
 
 
@@ -78,13 +77,16 @@ def correlation(x, y):
 
 
 def read_pairs(path, separator, columns):
-    """[(word, word, score)] of a word similarity set. UserError: it can't be read."""
-    try:
-        rows = csv.reader(path.read_text().splitlines(), delimiter=separator)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    pairs = [[row[column].strip() for column in columns] for row in rows]
-    return [(a, b, float(score)) for a, b, score in pairs if score[:1].isdigit()]
+    """[(word, word, score)] of a word similarity set. UserError: a line has no two words and a score."""
+    pairs, lines = [], read_text(path).strip().split("\n")
+    for n, line in enumerate(lines, 1):
+        cells = dict(enumerate(cell.strip() for cell in line.split(separator)))
+        first, second, score = (cells.get(column, "") for column in columns)
+        if first and second and re.fullmatch(r"-?\d+(\.\d*)?", score):
+            pairs.append((first, second, float(score)))
+        elif n == len(lines) or not line.lower().startswith("word"):  # the names of the columns
+            raise UserError(f"{path}, line {n}: found {line[:60]!r}, expected 2 words and a score")
+    return pairs
 
 
 def lexical(model, tokenizer, s):
@@ -103,8 +105,7 @@ def lexical(model, tokenizer, s):
         methods["embedding"] = torch.stack(plain).cpu().numpy()
         gold = np.array([score for _, _, score in pairs])
         single = np.array([len(ids[a]) == len(ids[b]) == 1 for a, b, _ in pairs])
-        everything = np.ones(len(pairs), dtype=bool)
-        compare(f"{file}, all {len(pairs)} pairs", methods, gold, everything, s)
+        compare(f"{file}, all {len(pairs)} pairs", methods, gold, np.full(len(pairs), True), s)
         compare(f"{file}, {single.sum()} of words of one token", methods, gold, single, s)
 
 
@@ -126,12 +127,20 @@ def compare(title, methods, gold, which, s):
         print(f"{name:10} {rho[name]:5.2f} {interval(again[name])}")
     best = max((name for name in methods if name.startswith("sense")), key=rho.get)
     for name in (best, "minimum"):
-        gain = rho[name] - rho["embedding"]
         gains = interval(again[name] - again["embedding"])
-        print(f"{name} over the embedding: {gain:+.2f} {gains}")
+        print(f"{name} over the embedding: {rho[name] - rho['embedding']:+.2f} {gains}")
 
 
 # ---- he or she
+
+
+def read_stimuli(path):
+    """Professions, prompts and topics: those of a file, if given, and for what it lacks stimuli.json's."""
+    ours, given = read_json(STIMULI, dict), read_json(path or STIMULI, dict)
+    stimuli = ours | {key: value for key, value in given.items() if value}
+    expect(stimuli, dict.fromkeys(ours, [str]) | {"topics": dict}, path)
+    expect([*stimuli["topics"].values()], [[str]], f"{path}, topics")
+    return stimuli
 
 
 def he_she(model, tokenizer, prompts, nouns):
@@ -140,8 +149,8 @@ def he_she(model, tokenizer, prompts, nouns):
     rows = [tokenizer.encode(text).tolist() for text in texts]  # B of them
     he, she = word_id(tokenizer, "he"), word_id(tokenizer, "she")
     longest, most, device = max(map(len, rows)), model.config.block_size, model.wte.weight.device
-    if longest > most:
-        raise UserError(f"a prompt has {longest} tokens, more than block_size={most}")
+    if longest > most or [] in rows:
+        raise UserError(f"prompts: found one of {longest} tokens, or of none, expected 1 to {most}")
     left = [[0] * (longest - len(row)) for row in rows]  # padding
     idx = torch.tensor([pad + row for pad, row in zip(left, rows)], device=device)  # (B,T)
     mask = torch.tensor([pad + [1] * len(row) for pad, row in zip(left, rows)], device=device)
@@ -162,7 +171,7 @@ def bias(model, tokenizer, stimuli, s):
     professions, K = stimuli["professions"], model.config.n_sense
     nouns = [noun for noun in professions if len(word_ids(tokenizer, noun)) == 1]
     if not nouns:
-        raise UserError("no profession is one token of this vocabulary")
+        raise UserError(f"prompts={s.prompts!r}: found no profession that is one token here")
     fit, judge = stimuli["bias_prompts_fit"], stimuli["bias_prompts_evaluate"]
     print(f"{len(nouns)} of {len(professions)} professions are one token: {', '.join(nouns)}")
     print(f"bias: mean of max(p(he)/p(she), p(she)/p(he)) over {len(judge)} prompts; 1: none")
@@ -179,9 +188,8 @@ def bias(model, tokenizer, stimuli, s):
 
     show("as it is", he_she(model, tokenizer, judge, nouns).mean(1).tolist())
     at_zero = [[scaled(noun, l, 0.0, fit) for noun in nouns] for l in tqdm(range(K), leave=False)]
-    sense, factors = int(np.mean(at_zero, axis=1).argmin()), {}
-    for noun in tqdm(nouns, "factors", leave=False):
-        factors[noun] = best_factor(lambda f, noun=noun: scaled(noun, sense, f, fit))
+    sense, bar = int(np.mean(at_zero, axis=1).argmin()), tqdm(nouns, "factors", leave=False)
+    factors = {n: best_factor(lambda f, n=n: scaled(n, sense, f, fit)) for n in bar}
     name = f"sense {sense} (best on the prompts to fit), factor 0"
     show(name, [scaled(noun, sense, 0.0, judge) for noun in nouns])
     best = [scaled(noun, sense, factors[noun], judge) for noun in nouns]
@@ -189,14 +197,14 @@ def bias(model, tokenizer, stimuli, s):
     print("factors: " + ", ".join(f"{noun} {factor:.2f}" for noun, factor in factors.items()))
     if s.transformer:
         transformer_bias(s, tokenizer, nouns, fit, judge, show)
-    else:
-        print("no baseline: --transformer=FOLDER takes a run with n_sense=0 and this tokenizer")
 
 
 def transformer_bias(s, tokenizer, nouns, fit, judge, show):
     """The baseline: in a Transformer, change the noun's embedding along E_she - E_he."""
-    model = open_run(s.transformer, s.device, senses=False).model
-    E = model.wte.weight
+    r = open_run(s.transformer, s.device, senses=False)
+    if r.ckpt["meta"]["tokenizer"] != tokenizer.spec:
+        raise UserError(f"{r.path} has another vocabulary than the Backpack")
+    model, E = r.model, r.model.wte.weight
     along = F.normalize(E[word_id(tokenizer, "she")] - E[word_id(tokenizer, "he")], dim=0)  # (D,)
 
     def projected(noun, factor, prompts):
@@ -221,7 +229,7 @@ def topics(model, tokenizer, stimuli, s):
     E = F.normalize(model.wte.weight[: model.config.vocab_size], dim=-1)  # (V,D)
     end = tokenizer.encode("\n")[0] if tokenizer.end is None else tokenizer.end
     start = torch.full((s.num_samples, 1), end, device=E.device)
-    length = min(s.max_new_tokens, model.config.block_size - 1)
+    length = min(s.max_new_tokens, model.config.block_size)
     table = model.sense_table()  # topics leave the vectors as they are
 
     def texts(edits):
@@ -233,11 +241,11 @@ def topics(model, tokenizer, stimuli, s):
         return ids
 
     def measure(ids, bag, near):
-        decoded = [tokenizer.decode(row) for row in ids[:, 1:].tolist()]
-        hits = [any(re.search(rf"\b{word}\b", text, re.I) for word in bag) for text in decoded]
+        about = re.compile(rf"\b({'|'.join(map(re.escape, bag))})\b", re.I)
+        hits = [bool(about.search(tokenizer.decode(row))) for row in ids[:, 1:].tolist()]
         close = torch.isin(ids[:, 1:], torch.tensor(near, device=E.device)).any(1)  # (n,)
-        pairs = ids[:, 1:].unfold(1, 2, 1).flatten(0, 1)  # (n * (length - 1), 2)
-        distinct = len(pairs.unique(dim=0)) / len(pairs)
+        pairs = torch.stack([ids[:, 1:-1], ids[:, 2:]], -1).flatten(0, 1)  # (n * (length - 1), 2)
+        distinct = len(pairs.unique(dim=0)) / max(1, len(pairs))
         perplexity = model(ids[:, :-1], ids[:, 1:])[1].exp().item()
         return 100 * np.mean(hits), 100 * close.float().mean().item(), 100 * distinct, perplexity
 
@@ -295,17 +303,16 @@ def document_windows(tokens, end, T):
 def word_perplexity(r, s):
     """exp(loss per word) of validation text, each document by itself, as lm-eval-harness scores it."""
     tokens, end = validation_tokens(r, s.dataset, s.data_dir), r.tokenizer.end
-    if end is None or tokens[-1] != end:
-        raise UserError("no token ends the documents of this dataset: word perplexity needs one")
     T, loss = r.model.config.block_size, 0.0
     windows = document_windows(tokens, end, T)
+    if not len(windows) or tokens[-1] != end:
+        raise UserError("no token ends the documents of this dataset: word perplexity needs one")
     for part in tqdm(np.array_split(windows, -(-len(windows) // 16)), "documents", leave=False):
         start, first, stop = part.T[:, :, None]  # (B,1) each
-        at = start + np.arange(T + 1)  # (B,T+1)
-        ids = torch.from_numpy(tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64))
-        counts = torch.from_numpy((at >= first) & (at < stop))
-        x, y = ids[:, :-1], ids.masked_fill(~counts, -100)[:, 1:]  # (B,T)
-        loss += r.model(x.to(r.device), y.to(r.device))[1].item() * counts.sum().item()
+        x, y, _ = get_batch(tokens, part[:, 0], T, r.device, r.model.config.vocab_size)  # (B,T)
+        at = start + 1 + np.arange(T)  # (B,T), where each y lies
+        counts = torch.from_numpy((at >= first) & (at < stop)).to(r.device)
+        loss += r.model(x, y.masked_fill(~counts, -100))[1].item() * counts.sum().item()
     documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)[:-1]
     n = sum(len(re.split(r"\s+", r.tokenizer.decode(ids[:-1]))) for ids in documents)
     print(f"by document: word perplexity {math.exp(min(loss / n, 700)):.2f}, {n:,} words")
@@ -319,11 +326,8 @@ def main(argv):
         raise UserError("give one of --lexical=FOLDER, --bias, --topics, --damage=FILE, --words")
     if s.lexical or s.bias:
         require("scipy", "this experiment")  # before it begins
-    stimuli = json.loads(STIMULI.read_text())
-    if s.prompts:
-        stimuli |= json.loads(Path(s.prompts).read_text())
-    r = open_run(s.run, s.device, senses=bool(of_senses))
-    need_tokenizer(r)
+    stimuli = read_stimuli(s.prompts)
+    r = need_tokenizer(open_run(s.run, s.device, senses=bool(of_senses)))
     print(f"{r.path}: {r.model.num_params():,} parameters, step {r.ckpt['step']}")
     if s.lexical:
         lexical(r.model, r.tokenizer, s)

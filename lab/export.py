@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, expect, read_json, read_text, write_text
 from lab.edit import describe, make_edits, read_edits
 from lab.layouts import published_config, to_layout
 from model import Backpack
-from tokenizer import END, UNKNOWN, byte_characters, load_tokenizer, require
+from tokenizer import END, UNKNOWN, byte_characters, load_tokenizer, require, vocabulary_size
 
 HERE = Path(__file__).parent
 # copied as they are
@@ -22,11 +22,18 @@ OPTIONAL |= {"generation_config.json", "tokenizer.json", "tokenizer_config.json"
 
 
 def cast(tensors, dtype):
-    """The tensors with floating-point ones in a type given by name; "keep": as they are."""
+    """The tensors with floating-point ones in a type given by name; "keep": as they are.
+
+    UserError: some numbers are too large for it.
+    """
     if dtype == "keep":
         return tensors
     wanted = getattr(torch, dtype)
-    return {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
+    made = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
+    for name, tensor in made.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name}: found numbers too large for dtype={dtype}: try --dtype=keep")
+    return made
 
 
 def export(s, ckpt, edits, metrics, dtype):
@@ -51,18 +58,22 @@ def export(s, ckpt, edits, metrics, dtype):
     tensors = {name: t.contiguous().clone() for name, t in cast(tensors, dtype).items()}
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as folder:
         folder = Path(folder)
-        (folder / "config.json").write_text(json.dumps(described, indent=1))
+        write_text(folder / "config.json", json.dumps(described, indent=1))
         weights = folder / "model.safetensors"
-        safetensors.save_file(tensors, weights, metadata={"format": "pt"})
+        try:
+            safetensors.save_file(tensors, weights, metadata={"format": "pt"})
+        except Exception as error:  # its class is the library's, also for a full disk
+            reason = str(error).splitlines()[0]
+            raise UserError(f"could not write {weights.name} for {dest} ({reason})") from None
         shutil.copymode(folder / "config.json", weights)  # safetensors makes it private
         special = {}
         if tokenizer:
             special = write_tokenizer(folder, tokenizer, model.config.block_size)
         if s.to == "hf":
-            (folder / "generation_config.json").write_text(json.dumps(special, indent=1))
-            (folder / "README.md").write_text(card(Path(s.source), ckpt, model, edits, metrics))
+            write_text(folder / "generation_config.json", json.dumps(special, indent=1))
+            write_text(folder / "README.md", card(Path(s.source), ckpt, model, edits, metrics))
             for path in CODE:
-                shutil.copy(path, folder)
+                write_text(folder / path.name, read_text(path))
         made = {file.name for file in folder.iterdir()}
         for name in OPTIONAL - made:
             (dest / name).unlink(missing_ok=True)
@@ -105,8 +116,8 @@ def write_tokenizer(folder, tokenizer, block_size):
         "model_max_length": block_size,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "tokenizer.json").write_text(for_transformers(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
+    write_text(folder / "tokenizer.json", for_transformers(tokenizer))
+    write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1))
     return {f"{role}_id": tokenizer.end for role in roles}
 
 
@@ -145,26 +156,29 @@ def for_transformers(tokenizer):
     return codec.to_str()
 
 
-def from_transformers(parsed, vocab_size):
-    """The inverse: a tokenizer's spec from what tokenizer.json holds; None for any other tokenizer."""
-    model, first = parsed.get("model") or {}, parsed.get("pre_tokenizer") or {}
-    vocab, kind = model.get("vocab"), model.get("type")
-    if kind not in ("BPE", "WordLevel") or sorted(vocab.values()) != list(range(vocab_size)):
-        return None
-    if kind == "WordLevel" and all(len(char) == 1 for char in vocab):
-        return {"kind": "char", "chars": "".join(sorted(vocab, key=vocab.get))}
-    # tiktoken reads it as we do if ids follow the order of merges, and it has all bytes and GPT-2's words
-    merged = [vocab.get("".join(pair).replace(" ", ""), -1) for pair in model.get("merges", ())]
-    complete = {END, *byte_characters()} <= vocab.keys()
-    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if merged != sorted(merged) or not complete or first != words | {"use_regex": True}:
-        return None
-    added = {
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }  # transformers may add these
-    return {"kind": "bpe", "model": parsed | added}
+def from_transformers(path, vocab_size):
+    """The inverse: a tokenizer's spec from tokenizer.json. UserError: damaged, or any other tokenizer."""
+    of_model = {"type": {"BPE", "WordLevel"}, "vocab": dict}
+    try:
+        parsed = read_json(path, {"model": of_model, "pre_tokenizer?": dict})
+        vocab, first = parsed["model"]["vocab"], parsed.get("pre_tokenizer")
+        if parsed["model"]["type"] == "WordLevel":
+            expect([*vocab.values()], [int], f"{path}, vocab")
+            spec = {"kind": "char", "chars": "".join(sorted(vocab, key=vocab.get))}
+        else:
+            # transformers may add these
+            added = dict.fromkeys(("post_processor", "truncation", "padding"))
+            spec = {"kind": "bpe", "model": parsed | added}
+            # tiktoken, with which we read it, has GPT-2's words only
+            words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+            if first != words | {"use_regex": True} or parsed.get("normalizer"):
+                raise UserError(f"{path}: found other words, expected GPT-2's ByteLevel")
+        size = vocabulary_size(spec, path)
+        if size != vocab_size:
+            raise UserError(f"{path}: found {size} tokens, expected {vocab_size} as in the weights")
+    except UserError as error:
+        raise UserError(f"{error}; --tokenizer=none imports without it") from None
+    return spec
 
 
 # ---- the model card
@@ -215,7 +229,7 @@ def card(path, ckpt, model, edits, metrics):
         recipe = ", ".join(f"{key} {values[key]}" for key in RECIPE if key in values)
         tokens = values["tokens_per_step"]
         parts.append(f"**Training**: {ckpt['step']:,} steps of {tokens:,} tokens; {recipe}.")
-    losses = {r["step"]: r["val_loss"] for r in metrics if "val_loss" in r}
+    losses = {r["step"]: r["val_loss"] for r in metrics if r.get("val_loss") is not None}
     if losses:
         every = -(-len(losses) // 12)
         steps = sorted({*list(losses)[::every], max(losses)})  # about 12, and the last

@@ -4,7 +4,6 @@ authors' Lightning files. The layout "hf" is our own, which lab.convert writes f
 import torch
 
 from configurator import UserError
-from model import BackpackConfig
 
 LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
 TRANSFORMERS = ("gpt2", "lightning-gpt2")  # the layouts without senses
@@ -139,7 +138,7 @@ def to_ours(tensors, layout):
                 report["dropped"].append(name)
             else:
                 state[name.removeprefix("backpack.")] = tensor
-        return state, report | {"renamed": len(state)}
+        return expect_dimensions(state, layout), report | {"renamed": len(state)}
     if layout == "gpt2":  # some files have this prefix
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     n_layer = sum(name.endswith((".attn.c_attn.weight", ".mixer.Wqkv.weight")) for name in tensors)
@@ -163,15 +162,29 @@ def to_ours(tensors, layout):
         if transposed:
             report["transposed"].append(theirs)
     problems = []
-    for names, what in ((missing, "missing"), (list(tensors), "left over")):
+    for names, what in (
+        (missing, "tensors missing"),
+        (list(tensors), "found no place for tensors"),
+    ):
         if names:
-            problems.append(f"tensors {what} ({len(names)}): {', '.join(names[:4])}")
+            problems.append(f"{what} ({len(names)}): {', '.join(names[:4])}")
     if problems:
         raise UserError(f"layout {layout}: {'; '.join(problems)}")
+    expect_dimensions(state, layout)
     if layout == "levanter":  # its output is divided by K; dividing the senses is the same
         K = state["sense_network.mlp_out.proj.bias"].numel() // state["ln_f.bias"].numel()
         state |= {name: state[name] / K for name in MAKES_SENSES}
     return state, report | {"renamed": len(state)}
+
+
+def expect_dimensions(state, layout):
+    """state, if all that are matrices in ours are matrices, the others vectors. UserError: they aren't."""
+    for name, tensor in state.items():
+        vector = name.endswith(".bias") or "ln_" in name
+        if tensor.dim() != (1 if vector else 2) or not tensor.numel():
+            what = f"found {name} of shape {list(tensor.shape)}, expected a "
+            raise UserError(f"layout {layout}: {what}{'vector' if vector else 'matrix'}")
+    return state
 
 
 def to_layout(state, config, layout, rows):
@@ -207,14 +220,15 @@ HEADS = {(6, 384): 6, (8, 640): 8, (12, 768): 12, (24, 1024): 16, (36, 1280): 20
 
 
 def infer_config(state, described, layout, n_head=None, n_sense=0, vocab_size=None):
-    """The BackpackConfig of a state_dict in our names and its source's config.json, described.
+    """The fields of BackpackConfig for a state_dict in our names and its source's config.json, described.
 
     n_head, vocab_size: None: from the source, or of the published sizes. n_sense: of new senses.
     UserError: the number of heads is unknown, or model.py has no such network.
     """
     for key, value in {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}.items():
-        if described.get(key, value) != value:
-            raise UserError(f"{key}={described[key]!r} in config.json: model.py has {value!r}")
+        found = described.get(key, value)
+        if found != value:
+            raise UserError(f"{key}: found {repr(found)[:60]}, expected {value!r}, as model.py has")
     rows, D = state["wte.weight"].shape
     n_layer = sum(name.endswith("attn.qkv.weight") for name in state)
     sizes = {"n_sense": n_sense}
@@ -226,20 +240,17 @@ def infer_config(state, described, layout, n_head=None, n_sense=0, vocab_size=No
     heads = n_head or described.get("n_head") or HEADS.get((n_layer, D))
     if not heads:
         raise UserError(f"no tensor shows the number of heads (width {D}): give --n_head")
-    vocab = vocab_size or described.get("vocab_size", rows)
+    vocab = vocab_size or described.get("vocab_size") or rows
     if rows in (50257, 50264):
         vocab = 50257
-    if rows < vocab:
-        raise UserError(f"wte.weight has {rows} rows, fewer than a vocabulary of {vocab} tokens")
-    return BackpackConfig(
-        block_size=len(state["wpe.weight"]),
-        vocab_size=vocab,
-        n_layer=n_layer,
-        n_head=heads,
-        n_embd=D,
-        inverse_layer_scale=described.get("scale_attn_by_inverse_layer_idx", layout != "gpt2"),
-        **sizes,
-    )
+    return sizes | {
+        "block_size": len(state["wpe.weight"]),
+        "vocab_size": vocab,
+        "n_layer": n_layer,
+        "n_head": heads,
+        "n_embd": D,
+        "inverse_layer_scale": described.get("scale_attn_by_inverse_layer_idx", layout != "gpt2"),
+    }
 
 
 def published_config(config, layout, rows):

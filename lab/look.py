@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, read_text, replacing, run, write_text
 from lab.edit import need_tokenizer, summary
 from sample import open_run
 from tokenizer import require, token_text, word_id, word_ids
@@ -33,13 +33,13 @@ TEMPLATE = Path(__file__).parent / "report.html"
 class Settings:
     run: str | None = None  # a run folder or checkpoint file; None: the newest run in out/
     word: str = ""  # words, separated by commas: what their senses say
-    sense: int | None = None  # with word or similar: this sense only
+    sense: int | None = None  # [0, 1e4] with word or similar: this sense only
     similar: str = ""  # words, separated by commas: which tokens have senses like theirs
     roles: bool = False  # what each sense does, whatever the word
     text: str = ""  # why does the model continue it as it does?
     target: str | None = None  # with text: a token that may come next; None: the likeliest
     against: str | None = None  # ... and one to compare it with
-    top: int = 6  # tokens, or parts, to show
+    top: int = 6  # [1, 1000] tokens, or parts, to show
     edits: str | None = None  # a JSON file of edits (lab/edit.py): look at the edited model
     edit: str = ""  # more: "scale river 4 0; swap Chicago: Illinois -> Texas; topic sports 2"
     plot: str | None = None  # draw the view into this .png, .svg or .pdf (needs matplotlib)
@@ -94,10 +94,10 @@ def ranked(tokenizer, values, ids):
     return [(token_text(tokenizer, i), v) for v, i in zip(values.tolist(), ids.tolist())]
 
 
-def fill(pairs, digits=1):
-    """'token score' of each pair, as many as fit into a line of 80 columns."""
+def fill(pairs, digits=1, width=70):
+    """'token score' of each pair, as many as fit into this width."""
     pieces = [f"  {token[:20]} {score:.{digits}f}" for token, score in pairs]
-    while len("".join(pieces)) > 72:
+    while len("".join(pieces)) > width:
         pieces.pop()
     return "".join(pieces)
 
@@ -140,7 +140,7 @@ def show_similar(model, tokenizer, word, senses, n):
     panels = []
     for name, column in columns.items():
         nearest = ranked(tokenizer, *column.topk(n))
-        print(f"{name:>11}{fill(nearest, 2)}")
+        print(f"{name:>11}{fill(nearest, 2, 69)}")
         panels.append((f"{word}, {name}", nearest))
     return panels
 
@@ -159,7 +159,7 @@ def show_roles(model, tokenizer, n, most=1000):
         tokens, count = top[:, l].unique(return_counts=True)
         order = count.argsort(descending=True)[:n]
         often = ranked(tokenizer, 100 * count[order] / len(idx), tokens[order])
-        print(f"{l:3} {own[l]:6.0%}  {fill(often, 0)}")
+        print(f"{l:3} {own[l]:6.0%}  {fill(often, 0, 68)}")
 
 
 def text_ids(model, tokenizer, text, most):
@@ -248,14 +248,18 @@ def pyplot():
 
     pyplot.rc("figure.constrained_layout", use=True)
     pyplot.rc("svg", fonttype="none")  # text stays text
+    pyplot.rc("text", parse_math=False)  # a $ in a word is a $
     pyplot.rc("font", size=9)
     pyplot.rc("axes.spines", top=False, right=False)
     return pyplot
 
 
-def save(figure, file, title):
+def save(figure, path, title):
     figure.suptitle(title, fontweight="bold")
-    figure.savefig(file, dpi=150)
+    # matplotlib refuses to draw 2**16 pixels in a row
+    dpi = min(150, 2**15 / max(figure.get_size_inches()))
+    with replacing(path) as file:
+        figure.savefig(file, dpi=dpi, format=Path(path).suffix[1:])
 
 
 def page(model, tokenizer, title, words, text, n, limit=5_000_000):
@@ -288,8 +292,9 @@ def page(model, tokenizer, title, words, text, n, limit=5_000_000):
         if size > limit:
             break
         data["words"][word] = entry
-    data = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    return TEMPLATE.read_text().replace("/*DATA*/null", data)
+    # HTML reads the data first: without a < nothing in it can end the script or open another
+    data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return read_text(TEMPLATE).replace("/*DATA*/null", data)
 
 
 def rounded(tensor, digits):
@@ -303,38 +308,35 @@ def main(argv):
     words, alike = split_words(s.word), split_words(s.similar)
     if not s.html and sum(map(bool, (words, alike, s.text, s.roles))) != 1:
         raise UserError("give one of --word=..., --similar=..., --text=..., --roles; or --html=...")
-    if s.plot and s.roles:
-        raise UserError("--plot draws --word, --similar or --text")
-    r = open_run(s.run, s.device, s.edits, s.edit)
-    need_tokenizer(r)
+    if s.plot and (s.roles or s.html or Path(s.plot).suffix not in (".png", ".svg", ".pdf")):
+        raise UserError(f"plot={s.plot!r} draws --word, --similar or --text as .png, .svg or .pdf")
+    r = need_tokenizer(open_run(s.run, s.device, s.edits, s.edit))
     model, tokenizer = r.model, r.tokenizer
-    K = model.config.n_sense
+    K, V = model.config.n_sense, model.config.vocab_size
     senses = range(K) if s.sense is None else [s.sense]
     if senses[0] not in range(K):
-        raise UserError(f"sense={s.sense} must be from 0 to {K - 1}")
-    if not 1 <= s.top <= model.config.vocab_size:
-        raise UserError(f"top={s.top} must be from 1 to {model.config.vocab_size}")
+        raise UserError(f"sense={s.sense}: expected 0 to {K - 1}, as this run has {K} senses")
+    top = min(s.top, V)
     with_edits = f" with {summary(r.edits)}" if r.edits else ""
     if s.html:
-        text = page(model, tokenizer, f"{r.path}{with_edits}", words + alike, s.text, 8)
-        Path(s.html).write_text(text, encoding="utf-8")
+        text = page(model, tokenizer, f"{r.path}{with_edits}", words + alike, s.text, min(8, V))
+        write_text(s.html, text)
         print(f"{s.html}: {Path(s.html).stat().st_size / 1e6:.1f} MB, open it in a browser")
     elif s.roles:
-        show_roles(model, tokenizer, s.top)
+        show_roles(model, tokenizer, top)
     elif s.text:
-        found = show_text(model, tokenizer, s.text, s.target, s.against, s.top)
+        title, *shown = show_text(model, tokenizer, s.text, s.target, s.against, top)
         if s.plot:
-            title, parts, names = found
-            draw_parts(s.plot, title + with_edits, parts, names)
+            draw_parts(s.plot, title + with_edits, *shown)
     else:
         if words:
             title = f"What the senses of {', '.join(words)} say"
-            panels = show_words(model, tokenizer, words, senses, s.top)
+            panels = show_words(model, tokenizer, words, senses, top)
         else:
             title = f"Tokens nearest to {', '.join(alike)}"
             panels = []
             for word in alike:
-                panels += show_similar(model, tokenizer, word, senses, s.top)
+                panels += show_similar(model, tokenizer, word, senses, top)
         if s.plot:
             draw_bars(s.plot, title + with_edits, panels)
 

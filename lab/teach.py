@@ -5,42 +5,26 @@ python -m lab.edit --teach=FILE calls this. Each line of the file is {"prompt": 
 try prompts that should not change.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, read_jsonl
 from lab.control import Edits
 from tokenizer import token_text
-from train import load_data
+from train import get_batch, load_data
 
 
 def read_examples(path):
     """The examples of a .jsonl file. UserError: a line is not an example, or there is none."""
-    examples = []
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except ValueError:
-            example = None
-        if not isinstance(example, dict) or not is_example(example):
-            expected = '{"prompt": "...", "good": "..."}, optionally with "bad"'
-            raise UserError(f"{path}, line {n}: expected {expected}")
-        examples.append(example)
+    examples = read_jsonl(path, {"prompt": str, "good": str, "bad?": str})
+    for n, example in enumerate(examples, 1):
+        if not (example["prompt"] and example["good"]):
+            raise UserError(f"{path}, example {n}: found an empty text, expected a prompt and good")
     if not examples:
-        raise UserError(f"{path} has no examples")
+        raise UserError(f'{path}: found no lines, expected {{"prompt": "...", "good": "..."}}')
     return examples
-
-
-def is_example(example):
-    keys = {"prompt", "good"} | ({"bad"} & example.keys())
-    return all(isinstance(example.get(key), str) and example[key] for key in keys)
 
 
 def validation_tokens(r, dataset, data_dir):
@@ -66,8 +50,8 @@ def validation_windows(r, dataset, data_dir, n):
     if len(tokens) <= T:
         raise UserError(f"the dataset has {len(tokens)} tokens for validation: expected {T + 1}")
     starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)
-    text = tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64)
-    return torch.from_numpy(text).to(r.device)
+    x, y, _ = get_batch(tokens, starts, T, r.device, r.model.config.vocab_size)  # (n,T) each
+    return torch.cat([x, y[:, -1:]], 1)
 
 
 def log_p(model, idx, edits=None):
@@ -118,6 +102,9 @@ def choose(model, tokenizer, wanted, text, n, elsewhere):
     # a token that is half a character can't be named in a file of edits
     nameless = [i for i in range(V) if tokenizer.encode(tokenizer.decode([i])).tolist() != [i]]
     score[nameless] = float("-inf")
+    most = int(score.isfinite().sum())
+    if n > most:
+        raise UserError(f"n_vector={n}: found {most} sense vectors that a file of edits can name")
     best = score.flatten().topk(n).indices  # (n,)
     return best // K, best % K
 
@@ -145,7 +132,7 @@ def teach(model, tokenizer, examples, text, s):
         return encode_example(model, tokenizer, example["prompt"], example[key], text.device)
 
     goods = [encode(example, "good") for example in examples]
-    bads = [encode(example, "bad") if "bad" in example else None for example in examples]
+    bads = [encode(example, "bad") if example.get("bad") else None for example in examples]
     known, held_out = text[::2], text[1::2]
     tokens, senses = choose(model, tokenizer, goods, known, s.n_vector, s.elsewhere)  # (N,), (N,)
     E, K, V = model.wte.weight.detach(), model.config.n_sense, model.config.vocab_size
@@ -190,7 +177,7 @@ def teach(model, tokenizer, examples, text, s):
             kl, *_ = damage(model, edits(delta.detach()), held_out)
             least = said.exp().min()
             progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
-            if kl > s.max_kl:
+            if not kl <= s.max_kl:  # nan is not
                 break
             best = delta.detach().clone()
 

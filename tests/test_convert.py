@@ -412,11 +412,11 @@ def test_finetuning_starts_at_the_imported_weights_loss(
             lambda w: w.pop("backpack.gpt2_model.ln_f.bias"),
             "tensors missing (1): backpack.gpt2_model.ln_f.bias",
         ),
-        (lambda w: w.update(extra=torch.ones(1)), "tensors left over (1): extra"),
+        (lambda w: w.update(extra=torch.ones(1)), "found no place for tensors (1): extra"),
         (lambda w: w.update({"lm_head.weight": torch.ones(V, D)}), "lm_head.weight should repeat"),
         (
             lambda w: w.update({"backpack.gpt2_model.h.0.mlp.c_fc.bias": torch.ones(7)}),
-            "size mismatch",
+            "blocks.0.mlp.fc.bias: found shape [7], expected [96]",
         ),
         (
             lambda w: [w.pop(k) for k in list(w) if "c_attn" in k],
@@ -436,9 +436,11 @@ def test_bad_tensors(tmp_path, change, message):
 def test_bad_sources(tmp_path):
     folder = source(tmp_path / "hf", random_hf())
     data = (folder / "pytorch_model.bin").read_bytes()
-    for content in (data[:5000], b"", pickle.dumps({"a": Config()})):
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 4  # within a tensor: only the archive's checksum can tell
+    for content in (data[:5000], b"", pickle.dumps({"a": Config()}), flipped):
         (folder / "pytorch_model.bin").write_bytes(content)
-        with pytest.raises(UserError, match="is truncated or holds no tensors"):
+        with pytest.raises(UserError, match="is damaged or holds no tensors"):
             imported(tmp_path, folder)
     torch.save(Weights(random_hf()), folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="--trust_pickle loads it, and executes"):
@@ -450,7 +452,9 @@ def test_bad_sources(tmp_path):
     with pytest.raises(UserError, match="has no .*safetensors"):
         imported(tmp_path, folder)
     source(folder, random_hf(), CONFIG | {"activation_function": "relu"})
-    with pytest.raises(UserError, match="activation_function='relu' in config.json"):
+    with pytest.raises(
+        UserError, match="activation_function: found 'relu', expected 'gelu_new', as"
+    ):
         imported(tmp_path, folder)
     source(folder, random_hf(), {})
     with pytest.raises(UserError, match="give --n_head"):
@@ -460,13 +464,14 @@ def test_bad_sources(tmp_path):
     with pytest.raises(UserError, match="has 40 rows, fewer than a vocabulary of 50257"):
         imported(tmp_path, folder, "--n_head=3", "--tokenizer=gpt2")
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is not a JSON object"):
+    with pytest.raises(UserError, match="config.json is not JSON"):
         imported(tmp_path, folder)
     source(folder, random_hf())
     with pytest.raises(UserError, match="layout hf: backpack.wte.weight is missing"):
         imported(tmp_path, folder, "--layout=hf")
     for args, message in (
-        (["--layout=what"], "layout='what': expected one of auto"),
+        (["--layout=what"], r"layout='what' \(command line\): expected auto or backpack-gpt2 or"),
+        (["--n_head=0"], r"n_head=0 \(command line\): expected a number in \[1, 1000\]"),
         ([], "give --source"),
     ):
         with pytest.raises(UserError, match=message):
@@ -479,6 +484,102 @@ def test_bad_sources(tmp_path):
         imported(tmp_path, folder)
     with pytest.raises(UserError, match="run has no tokenizer"):
         sample.main([f"--run={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([1], "config.json: found [1], expected an object"),
+        ({"n_head": "x"}, "config.json, n_head: found 'x', expected an integer"),
+        ({"n_head": 10**9}, "n_head=1000000000 (of this source): expected a number in [1, 1000]"),
+        ({"vocab_size": [1]}, "config.json, vocab_size: found [1], expected an integer"),
+        (
+            {"vocab_size": 10**9},
+            "vocab_size=1000000000 (of this source): expected a number in [1, 1e7]",
+        ),
+        ({"vocab_size": 10**7}, "wte.weight has 40 rows, fewer than a vocabulary of 10000000"),
+        ({"layout": {}}, "config.json, layout: found {}, expected backpack-gpt2 or gpt2 or hf or"),
+        (
+            {"scale_attn_by_inverse_layer_idx": 1},
+            "inverse_layer_scale=1 (of this source): expected bool",
+        ),
+        (
+            {"layer_norm_epsilon": None},
+            "layer_norm_epsilon: found None, expected 1e-05, as model.py",
+        ),
+        ({"edits": {"list": [1]}}, "config.json, edits, edit 1: found 1, expected an object"),
+    ],
+)
+def test_bad_configs(tmp_path, changes, message):
+    config = CONFIG | changes if isinstance(changes, dict) else changes
+    with pytest.raises(UserError) as error:
+        imported(tmp_path, source(tmp_path / "hf", random_hf(), config))
+    found = str(error.value)
+    assert message in found and "\n" not in found
+    assert not (tmp_path / "run").exists()
+
+
+WTE, BIAS = "backpack.gpt2_model.wte.weight", "backpack.gpt2_model.ln_f.bias"
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        (
+            BIAS,
+            torch.full((D,), math.nan),
+            "bin and config.json: ln_f.bias: found infinite numbers or",
+        ),
+        (BIAS, torch.full((D,), 1e6), "ln_f.bias: found numbers too large for dtype=float16: try"),
+        (BIAS, torch.ones(1, D), r"found ln_f.bias of shape \[1, 24\], expected a vector"),
+        (BIAS, torch.ones(0), r"found ln_f.bias of shape \[0\]"),
+        (BIAS, torch.ones(D).cfloat(), "ln_f.bias': found a tensor of torch.complex64"),
+        (BIAS, torch.ones(D).to(torch.float8_e5m2), "bin: found more than tensors: --trust_pickle"),
+        (BIAS, torch.ones(D).to_sparse(), "bin: found more than tensors: --trust_pickle"),
+        (WTE, torch.ones(1, 1).expand(10**7, D), "wte.weight': found a tensor of"),
+        (
+            WTE,
+            torch.ones(V, 10**5),
+            r"bin and config.json: sense_mlp_ratio=0 \(of this source\): expected a",
+        ),
+        (7, torch.ones(2), ", 7: found a tensor of torch.float32 and torch.strided, expected"),
+    ],
+)
+def test_bad_numbers(tmp_path, name, tensor, message):
+    """None of these becomes a run; the message names the file or the tensor."""
+    w = random_hf()
+    w[name] = tensor
+    for alias in ("backpack.word_embeddings.weight", "lm_head.weight"):
+        w[alias] = w[WTE]
+    folder = source(tmp_path / "hf", w)
+    with pytest.raises(UserError, match=message) as error:
+        imported(tmp_path, folder, "--dtype=float16")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[" * 100_000, "tokenizer.json is not JSON: nested too deeply"),
+        ("[]", "tokenizer.json: found [], expected an object"),
+        ({"model": None}, "tokenizer.json, model: found None, expected an object"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "found 'Unigram', expected BPE or WordLevel"),
+        ({"model": {"type": "BPE", "vocab": []}}, "vocab: found [], expected an object"),
+        ({"model": {"type": "BPE", "vocab": {}}}, "found other words, expected GPT-2's ByteLevel"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": "b"}}}, "found 'b', expected an integer"),
+        ({"model": {"type": "WordLevel", "vocab": {"ab": 1}}}, "found 2 tokens, expected 40"),
+        ({"model": {"type": "WordLevel", "vocab": {"\ud800": 1}}}, "chars: found"),
+    ],
+)
+def test_bad_tokenizers(tmp_path, content, message):
+    folder = source(tmp_path / "hf", random_hf())
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        imported(tmp_path, folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("; --tokenizer=none imports without it")
+    imported(tmp_path, folder, "--tokenizer=none")
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
@@ -607,6 +708,16 @@ def test_a_copy_to_share_has_weights_only(exported, tmp_path):
     for key in ("config", "settings", "step", "meta"):
         assert ours[key] == ckpt[key]
     assert records(copy, "val_loss") == records(run, "val_loss")
+    shutil.copytree(run, tmp_path / "stopped")
+    log = tmp_path / "stopped/metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 1, "lo')  # as a run leaves it that was killed
+    convert.main([f"--source={tmp_path / 'stopped'}", f"--dest={tmp_path / 'd'}"])
+    assert records(tmp_path / "d", "val_loss") == records(run, "val_loss")
+    log.write_text('{"step": "one"}\n')
+    with pytest.raises(
+        UserError, match="metrics.jsonl, line 1, step: found 'one', expected an int"
+    ):
+        convert.main([f"--source={tmp_path / 'stopped'}", f"--dest={tmp_path / 'e'}"])
     convert.main([f"--source={run / 'ckpt.pt'}", f"--dest={tmp_path / 'b'}", "--dtype=keep"])
     kept = load_checkpoint(tmp_path / "b")["model"]
     assert all(torch.equal(kept[key], w) for key, w in ckpt["model"].items())

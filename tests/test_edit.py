@@ -1,9 +1,11 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +15,7 @@ import sample
 from configurator import UserError
 from lab.edit import describe, make_edits, parse, read_edits
 from lab.look import attribution
-from lab.teach import damage, log_p
+from lab.teach import damage, log_p, read_examples
 from model import Backpack, BackpackConfig, load_checkpoint
 from tokenizer import load_tokenizer
 
@@ -260,6 +262,8 @@ def test_teach_changes_few_vectors_and_little_else(run_train, data_dir, tmp_path
     lab.edit.main(
         [*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--max_kl=0", "--enough=0.3"]
     )
+    with pytest.raises(UserError, match=r"n_vector=999: found \d+ sense vectors that a file"):
+        lab.edit.main([*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=999"])
     model.edits = None  # no damage at all allowed: nothing learned
     same = make_edits(model, tokenizer, read_edits(file))
     assert torch.allclose(log_p(model, ids, same), log_p(model, ids), atol=1e-4)
@@ -299,9 +303,9 @@ def test_files_of_edits(run_train, tmp_path, capsys):
     assert capsys.readouterr().out.split("\n") == ["  1  scale z 1 0.5", "  2  swap d: o -> w", ""]
     assert [edit["edit"] for edit in read_edits(file)] == ["scale", "swap"]
     before = file.read_bytes()
-    with pytest.raises(UserError, match="remove=7: there are 2 edits"):
+    with pytest.raises(UserError, match="remove=7: found 2 edits"):
         lab.edit.main([*args, "--remove=7"])
-    with pytest.raises(UserError, match="sense=9 must be from 0 to 3"):
+    with pytest.raises(UserError, match="found sense 9, expected 0 to 3"):
         lab.edit.main([*args, "--edit=scale z 9 0"])
     assert file.read_bytes() == before
 
@@ -327,19 +331,25 @@ def test_samples_without_and_with_edits(run_train, capsys):
 @pytest.mark.parametrize(
     "edit, message",
     [
+        ("scale a 0", "edit 'scale a 0': expected scale WORD SENSE FACTOR"),
+        ("scala a 0 1", "'scala a 0 1': expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO;"),
+        ("scale a 4 0", "scale a 4 0: found sense 4, expected 0 to 3"),
+        ("scale a 1.5 0", "sense: found 1.5, expected an integer"),
+        ("scale a 1 Infinity", "factor: found inf, expected a number"),
+        ("scale a 1 x", "edit 'scale a 1 x', factor: found 'x', expected a number"),
+        ("scale a 1 " + "[" * 100_000, "..., expected a number"),
+        ("scale a 1 " + "9" * 5000, "factor: found inf, expected a number"),
+        ("scale a 1 -1", "factor: found -1, expected 0 or more"),
         (
-            "scale a 0",
-            "edit 'scale a 0': expected one of: scale word sense factor; swap word: from -> to;",
+            "scale a 1 1e5; scale a 1 1e5",
+            "scale a 1 100000.0: found numbers of 1e+10, expected less",
         ),
-        ("scala a 0 1", "edit 'scala a 0 1': expected one of"),
-        ("scale a 4 0", "sense=4 must be from 0 to 3"),
-        ("scale a 1 Infinity", "factor=inf must be a number"),
-        ("scale a 1 x", "factor='x' must be a number, at least 0"),
-        ("scale a 1 -1", "factor=-1 must be"),
-        ("scale ab 1 0", "'ab' is 2 tokens here, a b: this needs a word of one token"),
+        ("scale ab 1 0", "scale ab 1 0: 'ab' is 2 tokens here, a b: this needs a word of"),
         ("scale x 1 0", "character 'x' is not among"),
-        ("topic a 4", "strength=4 must be 1, 2 or 3"),
-        ("replace a 0 by b 9", "by_sense=9 must be from 0 to 3"),
+        ("topic a 4", "strength: found 4, expected 1, 2 or 3"),
+        ("topic a all", "strength: found 'all', expected a number"),
+        ("topic a, 2", "'' is not a word"),
+        ("replace a 0 by b 9", "found by_sense 9, expected 0 to 3"),
     ],
 )
 def test_bad_edits(edit, message):
@@ -348,26 +358,38 @@ def test_bad_edits(edit, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def of_file(**changes):
+    """A file of one edit, a scale or a vector, with these changes."""
+    edit = {"edit": "scale", "word": "a", "sense": 0, "factor": 0}
+    if "vector" in changes:
+        edit = {"edit": "replace", "word": "a", "sense": 0}
+    return json.dumps([edit | changes])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[", "not JSON"),
-        ("{}", 'edit 1: expected {"edit": one of scale, swap, topic, replace'),
-        ('[{"edit": "swap", "word": "a"}]', "edit 1: swap needs word, from, to"),
-        ('[{"edit": "scale", "word": 1, "sense": 0, "factor": 0}]', "edit 1: word=1 must be text"),
-        (
-            '[{"edit": "replace", "word": "a", "sense": 0, "by_sense": 1}]',
-            "replace needs word, sense, by, by_sense",
-        ),
-        (
-            '[{"edit": "replace", "word": "a", "vector": []}]',
-            "edit 1: replace needs word, sense, vector",
-        ),
-        (
-            '[{"edit": "replace", "word": "a", "sense": 0, "vector": "ab"}]',
-            "must be a list of numbers",
-        ),
-        ('[{"edit": "replace", "word": "a", "sense": 0, "vector": [1, 2]}]', "expected 16 numbers"),
+        ("[", "e.json is not JSON"),
+        ("[" * 100_000, "e.json is not JSON: nested too deeply"),
+        ("7", "e.json: found 7, expected a list"),
+        ("[7]", "edit 1: found 7, expected an object"),
+        ("{}", "edit 1: found {}, expected 'edit' in it"),
+        ('{"edit": ["scale"]}', "edit 1, edit: found ['scale'], expected replace or scale or"),
+        ('[{"edit": "swap", "word": "a"}]', "'word': 'a'}, expected 'from' in it"),
+        (of_file(word=1), "edit 1, word: found 1, expected text"),
+        (of_file(word="\ud800"), r"word: found '\ud800', expected text"),
+        (of_file(sense=True), "sense: found True, expected an integer"),
+        (of_file(factor=float("nan")), "e.json is not JSON: NaN is no number"),
+        (of_file(factor=1).replace("1}", "1e999}"), "factor: found inf, expected a number"),
+        (of_file(factor=10**400), "expected a number"),
+        (of_file(factor=-1), "edit 1, factor: found -1, expected 0 or more"),
+        (of_file(edit="topic", words="a", strength=7), "strength: found 7, expected 1, 2 or 3"),
+        (of_file(edit="replace", by_sense=1), "expected 'by' in it"),
+        ('[{"edit": "replace", "word": "a", "vector": []}]', "expected 'sense' in it"),
+        (of_file(vector="ab"), "edit 1, vector: found 'ab', expected a list"),
+        (of_file(vector=[1, "b"]), "vector, entry 2: found 'b', expected a number"),
+        (of_file(vector=[1, 2]), "a vector of norm 2.236: found 2 numbers, expected 16"),
+        (of_file(vector=[1e299] * 16), "norm 4e+299: found numbers of 1e+299, expected less than"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -375,6 +397,41 @@ def test_bad_files(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         make_edits(tiny(), CHARS, read_edits(tmp_path / "e.json"))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_swap_from_a_word_without_an_embedding():
+    model = tiny()
+    model.wte.weight.data[1] = 0
+    with pytest.raises(UserError, match="swap a: b -> c: found numbers of nan"):
+        edited(model, "swap a: b -> c")
+
+
+def test_the_lab_reads_and_writes_text_by_configurator():
+    """... in UTF-8, whatever the locale, and whole or not at all."""
+    for path in (ROOT / "lab").rglob("*.py"):
+        text = path.read_text(encoding="utf-8").replace("about.read_text()", "")  # of /proc
+        assert not re.search(r"(?<!configurator)\.(read|write)_text\(|open\(.*\"[aw]", text), path
+
+
+def test_files_of_text(tmp_path, run_train):
+    """With or without a byte order mark; U+2028 ends no line; what is listed has a line each."""
+    edit = {"edit": "scale", "word": '"\u2028\n"', "sense": 0, "factor": 0}
+    text = json.dumps(edit, ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "e.json").write_bytes(text.encode(encoding))
+        assert read_edits(tmp_path / "e.json") == [edit]
+    assert describe(edit) == r'scale "\u2028\n" 0 0'
+    example = {"prompt": "a\u2028", "good": "ä", "bad": None}
+    text = json.dumps(example, ensure_ascii=False) + "\r\n\r\n"
+    (tmp_path / "x.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert read_examples(tmp_path / "x.jsonl") == [example]
+    (tmp_path / "x.jsonl").write_bytes(text.encode("utf-16"))
+    with pytest.raises(UserError, match="x.jsonl is not UTF-8: byte 0 is 0xff"):
+        read_examples(tmp_path / "x.jsonl")
+    place = f"--edits={tmp_path / 'x.jsonl/e.json'}"
+    run = run_train("--max_iters=1")
+    with pytest.raises(UserError, match="could not write .*x.jsonl/e.json"):
+        lab.edit.main([f"--run={run}", "--device=cpu", place, "--edit=scale z 1 0"])
 
 
 def test_a_transformer_has_nothing_to_edit():
@@ -385,9 +442,11 @@ def test_a_transformer_has_nothing_to_edit():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "has no examples"),
-        ("{]", "line 1: expected"),
-        ('{"prompt": "a"}', "line 1: expected"),
+        ("", "x.jsonl: found no lines, expected"),
+        ("{]", "x.jsonl, line 1 is not JSON"),
+        ('{"prompt": "a"}', "x.jsonl, line 1: found .*, expected 'good' in it"),
+        ('{"prompt": "a", "good": "z", "bad": 1}', "line 1, bad: found 1, expected text"),
+        ('{"prompt": "", "good": "z"}', "example 1: found an empty text, expected a prompt"),
         ('{"prompt": "' + 20 * "do" + '", "good": "a"}', "is longer than block_size=8"),
     ],
 )

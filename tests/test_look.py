@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lab import look as tool
 from sample import open_run
 from tokenizer import word_ids
 
+DATA = '<script type="application/json" id="data">(.*)</script>'
 PEOPLE = "nurse teacher doctor king".split()
 
 
@@ -157,18 +159,22 @@ def test_pictures(look, tmp_path):
         assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG" and (
             tmp_path / "p.png"
         ).stat().st_size > 10000
-    look("--word=nurse", f"--plot={tmp_path / 'p.svg'}")
-    assert (
-        "·nurse" in (tmp_path / "p.svg").read_text()
-        or "sense 3" in (tmp_path / "p.svg").read_text()
-    )
+    look("--word=$x^$,<&>", "--sense=0", f"--plot={tmp_path / 'p.svg'}")  # no formula, no markup
+    picture = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert ">$x^$, sense 0<" in picture and "&lt;&amp;&gt;, sense 0<" in picture
+    before = (tmp_path / "p.svg").read_bytes()
+    for name in ("p.svg/a.svg", "p.svg/a.html"):
+        key = "html" if name.endswith("html") else "plot"
+        with pytest.raises(UserError, match="could not write .*p.svg/a"):
+            look("--word=nurse", f"--{key}={tmp_path / name}")
+    assert (tmp_path / "p.svg").read_bytes() == before
 
 
 def test_the_page_needs_nothing_else_and_holds_the_models_numbers(look, bpe_run, tmp_path):
     look("--word=nurse,xylophone", "--text=The nurse said that", f"--html={tmp_path / 'p.html'}")
     page = (tmp_path / "p.html").read_text()
     assert not re.search(r"https?://|<link|src=|@import|url\(", page) and len(page) < 5_000_000
-    data = json.loads(re.search(r"const data = (\{.*\});", page)[1])
+    data = json.loads(re.search(DATA, page)[1])
     assert (
         list(data["words"])[:2] == data["asked"] == ["nurse", "xylophone"]
         and len(data["words"]) > 50
@@ -192,6 +198,27 @@ def test_the_page_needs_nothing_else_and_holds_the_models_numbers(look, bpe_run,
     )
 
 
+def test_no_word_and_no_name_of_a_run_can_break_the_page(look, bpe_run, tmp_path):
+    """The data is text of a script without a <, so it neither ends the script nor opens another."""
+    word = "<!--<script></SCRIPT><img src=x onerror=alert(1)>&lt;\u2028`${1}"
+    run = tmp_path / "<!--<script>"
+    shutil.copytree(bpe_run, run)
+    look(
+        f"--run={run}",
+        f"--word={word},__proto__",
+        "--text=a<!--<script>b",
+        f"--html={tmp_path / 'p'}",
+    )
+    page, empty = (path.read_text(encoding="utf-8") for path in (tmp_path / "p", tool.TEMPLATE))
+    found = re.search(DATA, page)[1]
+    assert "<" not in found and "\u2028" not in found
+    assert page.replace(found, "/*DATA*/null") == empty  # all else is the template
+    data = json.loads(found)
+    assert data["title"] == str(run) and data["asked"] == [word, "__proto__"]
+    assert {word, "__proto__"} <= data["words"].keys()
+    assert "innerHTML" not in empty and "document.write" not in empty and "eval" not in empty
+
+
 def test_a_run_of_characters(run_train, capsys):
     out = run_train("--max_iters=1")
     for args in (["--word=a"], ["--similar=w"], ["--text=words a", "--target=r"]):
@@ -204,9 +231,15 @@ def test_a_run_of_characters(run_train, capsys):
     [
         ([], "give one of --word=..., --similar=..., --text=..."),
         (["--word=a", "--text=b"], "give one of"),
-        (["--roles", "--plot=p.png"], "--plot draws --word"),
-        (["--word=nurse", "--sense=4"], "sense=4 must be from 0 to 3"),
-        (["--word=nurse", "--top=0"], "top=0 must be"),
+        (["--roles", "--plot=p.png"], "plot='p.png' draws --word, --similar or --text as .png"),
+        (
+            ["--word=nurse", "--plot=p.xyz"],
+            "plot='p.xyz' draws --word, --similar or --text as .png",
+        ),
+        (["--word=nurse", "--html=p.html", "--plot=p.png"], "plot='p.png' draws --word"),
+        (["--word=nurse", "--sense=4"], "sense=4: expected 0 to 3, as this run has 4 senses"),
+        (["--word=nurse", "--sense=-1"], "sense=-1 (command line): expected a number in [0, 1e4]"),
+        (["--word=nurse", "--top=0"], "top=0 (command line): expected a number in [1, 1000]"),
         (["--text=The", "--target=xylophone"], "'xylophone' is"),
         (["--text=" + "nurse " * 40], "expected 1 to 32"),
         (["--word=nurse", "--edit=what"], "edit 'what'"),
@@ -264,13 +297,13 @@ def test_every_experiment_runs(bpe_run, tmp_path, capsys):
         ("food", "sport", 4),
     ] * 6
     for file, (separator, *columns) in experiments.SETS.items():
-        rows = [["x"] * 5 for _ in range(len(pair) + 1)]
+        rows = [["word"] * 5 for _ in range(len(pair) + 1)]
         for row, values in zip(rows[1:], pair):
             for column, value in zip(columns, values):
                 row[column] = str(value)
         (tmp_path / file).write_text("\n".join(separator.join(row) for row in rows))
     (tmp_path / "s.json").write_text(
-        json.dumps({"professions": PEOPLE, "topics": {"music": ["music"]}})
+        json.dumps({"professions": PEOPLE, "topics": {"music": ["music", "c++ ("]}})
     )
     (tmp_path / "e.json").write_text(
         json.dumps([{"edit": "swap", "word": "nurse", "from": "he", "to": "she"}] * 12)
@@ -320,6 +353,55 @@ def test_experiments_want_a_task(bpe_run):
         experiments.main([f"--run={bpe_run}"])
     with pytest.raises(UserError, match="SimLex-999.txt: No such file"):
         experiments.main([f"--run={bpe_run}", "--lexical=nowhere"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "pairs.csv, line 1: found '', expected 2 words and a score"),
+        ("Word 1,Word 2,Human (mean)", "line 1: found 'Word 1,Word 2,Human (mean)', expected"),
+        ("Word 1,Word 2,Score\nlove,sex,6.77\ntiger,cat", "line 3: found 'tiger,cat', expected"),
+        ("love,sex,6.77\n\ntiger,cat,1", "line 2: found '', expected"),
+        ("love,sex,nan", "found 'love,sex,nan', expected"),
+        ("love,,1", "found 'love,,1', expected"),
+        ("love,sex,1\0", "expected 2 words and a score"),
+    ],
+)
+def test_bad_pairs(tmp_path, text, message):
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        experiments.read_pairs(tmp_path / "pairs.csv", ",", (0, 1, 2))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pairs(tmp_path):
+    text = "Word 1,Word 2,Human (mean)\r\nlove\u2028,word,6.77 \r\nwords , word,-1\r\n"
+    (tmp_path / "pairs.csv").write_bytes(text.encode("utf-8-sig"))
+    pairs = experiments.read_pairs(tmp_path / "pairs.csv", ",", (0, 1, 2))
+    assert pairs == [("love", "word", 6.77), ("words", "word", -1.0)]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "s.json: found [], expected an object"),
+        ('{"professions": "nurse"}', "s.json, professions: found 'nurse', expected a list"),
+        ('{"professions": ["nurse", 1]}', "professions, entry 2: found 1, expected text"),
+        ('{"topics": ["music"]}', "s.json, topics: found ['music'], expected an object"),
+        ('{"topics": {"music": "music"}}', "topics, entry 1: found 'music', expected a list"),
+    ],
+)
+def test_bad_stimuli(tmp_path, text, message):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        experiments.read_stimuli(tmp_path / "s.json")
+    assert message in str(error.value)
+    assert experiments.read_stimuli(None).keys() == {
+        "professions",
+        "bias_prompts_evaluate",
+        "bias_prompts_fit",
+        "topics",
+    }
 
 
 def test_word_perplexity_in_loops(bpe_run, capsys):

@@ -85,10 +85,11 @@ def test_readability_of_senses_that_are_known(tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
     DATA.tofile(tmp_path / "d/train.bin")
     DATA.tofile(tmp_path / "d/val.bin")
-    meta = {"dtype": "uint16", "vocab_size": 40, "tokenizer": None}
-    (tmp_path / "d/meta.json").write_text(json.dumps(meta))
     tokenizer = load_tokenizer({"kind": "char", "chars": "".join(map(chr, range(48, 88)))})
-    ckpt = {"settings": {"dataset": "d"}}
+    meta = {"dtype": "uint16", "vocab_size": 40, "tokenizer": tokenizer.spec}
+    counts = {"train_tokens": len(DATA), "val_tokens": len(DATA)}
+    (tmp_path / "d/meta.json").write_text(json.dumps(meta | counts))
+    ckpt = {"settings": {"dataset": "d"}, "meta": meta}
     opened = SimpleNamespace(model=model, tokenizer=tokenizer, ckpt=ckpt)
     monkeypatch.setattr(small_runs, "open_run", lambda run, device: opened)
     for same, apart, cosine in ((False, 1.0, 0.0), (True, 0.0, 1.0)):

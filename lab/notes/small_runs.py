@@ -8,7 +8,7 @@ This needs matplotlib and the dataset shakespeare_char. Runs go to out/small_run
 trained again.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,13 @@ import torch
 from torch.nn import functional as F
 
 import train
+from configurator import UserError, configure, replacing, run
+from lab.teach import validation_tokens
 from model import Backpack
 from sample import open_run
 from tokenizer import token_text
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = {
     "Transformer": ["--n_sense=0"],
     "Backpack (paper)": ["--n_qk=8", "--transformer_share=0"],
@@ -37,6 +38,15 @@ PANELS = [
     ("norm", "norm of a sense", "log"),
     ("use", "share of a sense in the sum", "log"),
 ]
+
+
+@dataclass
+class Settings:
+    steps: int = 1000  # [10, 1e6] per run, a multiple of 10
+    data_dir: str = "data"  # where datasets lie
+    out_dir: str = "out/small_runs"  # where the runs go
+    svg: str = "lab/notes/small_runs.svg"  # the picture to draw
+    senses: str = ""  # run folders, separated by commas: measure these instead
 
 
 def train_all(folder, steps, data_dir):
@@ -122,8 +132,12 @@ def readability(run, data_dir, n=500, top=10):
     two senses of a token, the top tokens of some).
     """
     r = open_run(run, "cpu")
-    _, data, _ = train.load_data(data_dir, r.ckpt["settings"]["dataset"])
-    counts = torch.from_numpy(np.bincount(data, minlength=r.model.config.vocab_size))
+    V = r.model.config.vocab_size
+    data = validation_tokens(r, None, data_dir)
+    counts = torch.from_numpy(np.bincount(data, minlength=V))  # (V,)
+    if len(counts) > V:
+        raise UserError(f"{run}: found token id {len(counts) - 1} in its data, expected {V} tokens")
+    n, top = min(n, V), min(top, V)
     ids = counts.topk(n).indices  # (n,)
     C = r.model.senses(ids)  # (n,K,D)
     tops = r.model.logits(C).topk(top).indices  # (n,K,top)
@@ -154,8 +168,8 @@ def figures(models, train_data, val_data):
     return series
 
 
-def draw(runs, file):
-    """Draw {name of a run: figures(...)} into a file."""
+def draw(runs, path):
+    """Draw {name of a run: figures(...)} into an .svg file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,27 +196,23 @@ def draw(runs, file):
             axis.set_xscale("log")
     axes[1, 3].axis("off")
     axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
-    figure.savefig(file, metadata={"Date": None})
+    with replacing(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--steps", type=int, default=1000, help="per run, a multiple of 10")
-    parser.add_argument("--data_dir", default=ROOT / "data")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "out/small_runs")
-    parser.add_argument("--svg", default=HERE / "small_runs.svg")
-    parser.add_argument("--senses", help="run folders, separated by commas")
-    args = parser.parse_args()
-    if args.senses:
-        for folder in args.senses.split(","):
-            apart, cosine, words = readability(folder, args.data_dir)
+def main(argv):
+    s, _ = configure(Settings, argv, __doc__)
+    if s.steps % 10:
+        raise UserError(f"steps={s.steps}: expected a multiple of 10")
+    if s.senses:
+        for folder in s.senses.split(","):
+            apart, cosine, words = readability(folder, s.data_dir)
             what = f"{apart:.3f} of senses share no top token, mean cosine {cosine:.3f}"
             print(f"{folder}: {what}", *words, sep="\n  ")
         return
-    models = train_all(args.out_dir, args.steps, args.data_dir)
-    train_data, val_data, _ = train.load_data(args.data_dir, "shakespeare_char")
-    runs = {name: figures(run, train_data, val_data) for name, run in models.items()}
+    models = train_all(Path(s.out_dir), s.steps, s.data_dir)
+    train_data, val_data, _ = train.load_data(s.data_dir, "shakespeare_char")
+    runs = {name: figures(steps, train_data, val_data) for name, steps in models.items()}
     for name, values in runs.items():
         print(name)
         for key, series in values.items():
@@ -210,8 +220,8 @@ def main():
                 print(f"  {key:10}", *(f"{value:.4f}" for _, value in series))
             else:
                 print(f"  {key:10}", *(f"{value:.3f}" for value in series[-1][1]))
-    draw(runs, args.svg)
+    draw(runs, s.svg)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
