@@ -29,7 +29,7 @@ from configurator import UserError, configure, expect, parse_json, read_text, ru
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
 from lab.teach import read_examples, teach, validation_windows
 from sample import open_run
-from tokenizer import load_tokenizer, word_id, word_ids
+from tokenizer import word_id, word_ids
 
 FORMS = {  # an edit as text; in a file, the names in braces are its keys
     "scale": "{word} {sense} {factor}",
@@ -216,13 +216,6 @@ def make_edits(model, tokenizer, edits):
     )
 
 
-def need_tokenizer(r):
-    """r, from open_run. UserError: the run has no tokenizer."""
-    if r.tokenizer is None:
-        load_tokenizer(None, r.path)
-    return r
-
-
 def peaks_progress(parts):
     return tqdm(parts, "highest logit of each sense", leave=False, delay=2)
 
@@ -230,7 +223,7 @@ def peaks_progress(parts):
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
     edits = read_edits(s.edits) if s.edits and Path(s.edits).exists() else []
-    r = need_tokenizer(open_run(s.run, s.device))
+    r = open_run(s.run, s.device)
     if s.remove is not None:
         if not 1 <= s.remove <= len(edits):
             raise UserError(f"remove={s.remove}: found {len(edits)} edits, expected one of these")

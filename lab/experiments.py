@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError, configure, expect, read_json, read_text, run
-from lab.edit import make_edits, need_tokenizer, read_edits
+from lab.edit import make_edits, read_edits
 from lab.look import word_senses
 from lab.teach import damage, validation_tokens, validation_windows
 from sample import open_run
@@ -327,7 +327,7 @@ def main(argv):
     if s.lexical or s.bias:
         require("scipy", "this experiment")  # before it begins
     stimuli = read_stimuli(s.prompts)
-    r = need_tokenizer(open_run(s.run, s.device, senses=bool(of_senses)))
+    r = open_run(s.run, s.device, senses=bool(of_senses))
     print(f"{r.path}: {r.model.num_params():,} parameters, step {r.ckpt['step']}")
     if s.lexical:
         lexical(r.model, r.tokenizer, s)

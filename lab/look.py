@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import UserError, configure, read_text, replacing, run, write_text
-from lab.edit import need_tokenizer, summary
+from lab.edit import summary
 from sample import open_run
 from tokenizer import require, token_text, word_id, word_ids
 
@@ -310,7 +310,7 @@ def main(argv):
         raise UserError("give one of --word=..., --similar=..., --text=..., --roles; or --html=...")
     if s.plot and (s.roles or s.html or Path(s.plot).suffix not in (".png", ".svg", ".pdf")):
         raise UserError(f"plot={s.plot!r} draws --word, --similar or --text as .png, .svg or .pdf")
-    r = need_tokenizer(open_run(s.run, s.device, s.edits, s.edit))
+    r = open_run(s.run, s.device, s.edits, s.edit)
     model, tokenizer = r.model, r.tokenizer
     K, V = model.config.n_sense, model.config.vocab_size
     senses = range(K) if s.sense is None else [s.sense]
