@@ -229,7 +229,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         W = E.to(o.dtype)  # (R,D)
         total, count = o.new_zeros((), dtype=wide), (y >= 0).sum()
         do, dE = (torch.empty_like(o), torch.zeros_like(E, dtype=wide)) if with_grad else (o, None)
-        n = max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E))  # rows of a chunk
+        # rows of a chunk; p.T @ x over more of them could overflow in float16
+        n = min(8192, max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E)))
         # one buffer for all chunks: fresh memory of this size costs a CPU as much as the arithmetic
         buffer = o.new_empty(min(n, len(o)), len(E))
         chunks = zip(o.split(n), do.split(n), y[:, None].split(n))

@@ -1,13 +1,17 @@
 """What a Backpack costs beside its own Transformer and the paper's dense formula, on the same real tokens.
 
-    python -m lab.bench --config=config/backpack_micro.py --dataset=NAME --batch_size=8 --json=bench.json
+    python -m lab.bench --config=config/backpack_micro.py --dataset=NAME --json=bench.json
 
-All variants run in one process and take turns. Figures are medians of --runs after --warmup; ratios are
-medians of the ratios run by run. The FLOP floor is the ratio if every FLOP took the same time.
+It prints a block to paste into an issue: the machine, training, and all variants, which run in one process
+and take turns. Figures are medians of --runs after --warmup; ratios are medians of the ratios run by run.
+The FLOP floor is the ratio if every FLOP took the same time.
 """
 
 import json
 import multiprocessing
+import platform
+import re
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.nn import functional as F
 
 import configurator
+import hardware
 import train
-from configurator import UserError, configure, pick_device, pick_dtype
+from configurator import UserError, configure
+from hardware import Dtype, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, contextualize, load_checkpoint, sum_senses
 
 
@@ -29,20 +36,20 @@ class Settings:
     config: str = "config/shakespeare_char.py"  # network and dataset: a config file, or a run
     dataset: str | None = None  # None: the config's
     data_dir: str = "data"  # where datasets lie
-    batch_size: int | None = None  # sequences of a step; None: the config's
-    block_size: int | None = None  # None: the config's
-    n_sense: int | None = None  # None: the config's
-    dropout: float = 0.0  # whatever the config's
-    runs: int = 7  # timed runs of each variant
-    warmup: int = 2  # runs before them that don't count
+    batch_size: int | None = None  # [1, 65536] sequences of a step; None: the config's
+    block_size: int | None = None  # [1, 1e6] None: the config's
+    n_sense: int | None = None  # [0, 65536] None: the config's
+    dropout: float = 0.0  # [0, 1) whatever the config's
+    runs: int = 7  # [1, 1e6] timed runs of each variant
+    warmup: int = 2  # [0, 1e6] runs before them that don't count
     dense: bool = True  # also measure the dense formula and recomputing in generation: slow
-    generate: int = 1  # sequences generated at once, to the full context; 0: no generation
+    generate: int = 1  # [0, 65536] sequences generated at once, to the full context; 0: none
     memory: bool = True  # also measure peak memory, in a new process for each variant
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
-    dtype: str = "auto"  # float32, bfloat16, float16; auto: 16 bits on a GPU
-    compile: bool = False  # torch.compile for training steps
+    dtype: Dtype = "auto"  # auto: 16 bits on a GPU
+    compile: bool | None = None  # torch.compile for training steps; None: on a GPU
     json: str | None = None  # also write the figures to this file
-    profile: str | None = None  # write torch's trace of one step to this file; measure nothing else
+    profile: str | None = None  # also write torch's trace of the training steps to this file
 
 
 class Dense(Backpack):
@@ -68,8 +75,6 @@ class Variant:
             own |= ckpt["settings"] | ckpt["config"]
         for key in ("dataset", "data_dir", "batch_size", "block_size", "dropout", "n_sense"):
             own[key] = own[key] if getattr(s, key) is None else getattr(s, key)
-        if own["dataset"] is None:
-            raise UserError(f"{s.config} names no dataset: give --dataset")
         own["n_sense"] = 0 if name == "transformer" else own["n_sense"]
         self.tokens, _, meta = train.load_data(own["data_dir"], own["dataset"])
         own["vocab_size"] = own["vocab_size"] or meta["vocab_size"]
@@ -77,13 +82,16 @@ class Variant:
             raise UserError(f"{own['dataset']} is too short for block_size={own['block_size']}")
         self.device = pick_device(s.device)
         self.dtype = pick_dtype(s.dtype, self.device)
-        self.amp = configurator.autocast(self.device, self.dtype)
+        self.amp = hardware.autocast(self.device, self.dtype)
+        if self.device.type == "cuda":  # as train.py
+            torch.set_float32_matmul_precision("high")
         try:
             config = BackpackConfig(**{key: own[key] for key in train.MODEL_KEYS})
         except ValueError as error:
             raise UserError(str(error)) from None
         self.model = (Dense if name == "dense" else Backpack)(config).to(self.device)
-        self.net = torch.compile(self.model) if s.compile and name != "dense" else self.model
+        compiled = self.device.type == "cuda" if s.compile is None else s.compile
+        self.net = torch.compile(self.model) if compiled and name != "dense" else self.model
         fused = self.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(self.model.param_groups(0.1), 1e-4, fused=fused)
         self.rng = np.random.default_rng(0)
@@ -93,6 +101,10 @@ class Variant:
         T, B = self.settings.block_size, self.settings.batch_size
         starts = self.rng.integers(len(self.tokens) - T, size=B)
         return train.get_batch(self.tokens, starts, T, self.device, self.settings.vocab_size)
+
+    def flops_per_token(self, distinct_share):
+        losses = 1 if train.share_at(self.settings, 0) is None else 2
+        return sum(hardware.flops_per_token(self.model, distinct_share, losses).values())
 
     def forward(self, x, y, distinct):
         with torch.no_grad(), self.amp:
@@ -107,7 +119,7 @@ class Variant:
         if self.net is not self.model:
             # one graph for any number of distinct tokens
             torch._dynamo.mark_dynamic(distinct[0], 0)
-        share = train.share_at(self.settings, 0)
+        share = train.share_at(self.settings, 0, self.device)
         with self.amp:
             loss = self.net(x, y, distinct=distinct, transformer_share=share)[1]
         loss.backward()
@@ -135,10 +147,47 @@ def take_turns(s, timers, arguments=tuple):
     return {name: runs[s.warmup :] for name, runs in times.items()}
 
 
+def machine(device):
+    """The device's name and the versions of the software, as one line."""
+    software = f"torch {torch.__version__}, Python {platform.python_version()}"
+    if device.type == "cuda":
+        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader || echo unknown"
+        driver, name = subprocess.getoutput(query).split()[-1], torch.cuda.get_device_name(device)
+        return f"{name} ({device}), driver {driver}, CUDA {torch.version.cuda}, {software}"
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", about.read_text() if about.exists() else "")
+    name = found[1] if found else platform.processor()
+    return f"{name} ({device}), {torch.get_num_threads()} threads, {software}"
+
+
+def training(s, one, flops):
+    """Steps as in train.py, each with its batch and a wait at its end: (seconds of each, what was seen)."""
+    step = partial(seconds, one.device, lambda: one.step(*one.batch()))
+    took = take_turns(s, {"step": step})["step"]
+    with torch.profiler.profile() as trace:
+        for _ in took:
+            step()
+    if s.profile:
+        write_text(s.profile, "")  # torch says nothing if it can't be written
+        trace.export_chrome_trace(s.profile)
+    rows = [row for row in trace.key_averages() if not row.is_user_annotation]
+    kernels = [row for row in rows if row.device_type == DeviceType.CUDA]
+    times = {row.key: row.self_device_time_total for row in kernels}
+    times = times or {row.key: row.self_cpu_time_total for row in rows}  # on a CPU: operators
+    total, peak = sum(times.values()), hardware.peak_flops(one.device, one.dtype)
+    speed = one.settings.batch_size * one.settings.block_size / np.median(took)
+    mfu = f"{speed * flops / peak:.1%}" if peak else "unknown"
+    # kernels take no longer under the profiler, though steps do
+    busy = f"{total / 1e6 / sum(took):.1%}" if kernels else "unknown"
+    lines = [f"training: {speed:,.0f} tokens/s, MFU {mfu}, device busy {busy}; longest parts:"]
+    longest = sorted(times, key=times.get, reverse=True)[:4]
+    return took, lines + [f"  {times[name] / total:5.1%}  {name[:80]}" for name in longest]
+
+
 def parts(s, one):
     """{part of a Backpack's training step: (FLOPs per token, seconds forward and backward alone)}."""
     model, (x, y, (ids, where)) = one.model, one.batch()
-    flops = train.flops_per_token(model, len(ids) / x.numel()) | {"clip and AdamW": 0}
+    flops = hardware.flops_per_token(model, len(ids) / x.numel()) | {"clip and AdamW": 0}
     with torch.no_grad(), one.amp:
         h, C = model.hidden(x)[0], model.senses(ids).float()  # (B,T,D), (U,K,D)
 
@@ -168,7 +217,7 @@ def parts(s, one):
 
 
 def generation(s, variants):
-    """Greedy continuation of T/8 tokens to T: ({variant: seconds per token of each run}, facts)."""
+    """Greedy continuation of T/8 tokens to T: ({variant: seconds per token of each run}, what was done)."""
     one = variants["backpack"]
     x = one.batch()[0]
     x, T = x[torch.arange(s.generate) % len(x)], x.size(1)
@@ -199,48 +248,47 @@ def generation(s, variants):
         timers["recomputed"] = partial(recomputed, one.model, -1)
         timers["dense"] = partial(recomputed, variants["dense"].model, slice(None))
     times = take_turns(s, timers)
-    per_token = np.median(times["backpack"], 0)  # (T-first,)
-    # around 100/512 and 500/512 of the context
-    early, late = (np.median(per_token[T * at // 512 - first :][: T // 32 + 1]) for at in (92, 492))
-    facts = {
-        "tokens": T - first,
-        "sequences": s.generate,
-        "late / early": float(late / early),
-        "table seconds": building,
-        "table GB": 0.0 if tables[0] is None else tables[0].nbytes / 1e9,
-    }
-    return {name: np.mean(runs, 1).tolist() for name, runs in times.items()}, facts
+    size = 0 if tables[0] is None else tables[0].nbytes / 1e9
+    line = f"token: mean of {T - first}, {s.generate} at once; sense table {size:.2f} GB in {building:.1f} s"
+    return {name: np.mean(runs, 1).tolist() for name, runs in times.items()}, line
 
 
 def peak_of(s, name):
     """Peak bytes of two training steps, in a process of its own, and those of activations alone."""
     variant = Variant(s, name)
     # imports and weights; gradients and AdamW's two moments are to come
-    held = configurator.peak_memory(variant.device) + 12 * variant.model.num_params()
+    held = hardware.peak_memory(variant.device) + 12 * variant.model.num_params()
     for _ in range(2):
         variant.step(*variant.batch())
-    peak = configurator.peak_memory(variant.device)
+    peak = hardware.peak_memory(variant.device)
     return peak, peak - held
 
 
 def measure(s):
     """All figures, as a dict that can be written as JSON."""
     names = ["backpack", "transformer", "dense"] if s.dense else ["backpack", "transformer"]
-    variants = {name: Variant(s, name) for name in names}
-    one = variants["backpack"]
+    one, peaks = Variant(s, "backpack"), {}
     if not one.model.config.n_sense:
         raise UserError("n_sense=0 has no senses to measure: give a Backpack's config")
+    for name in names if s.memory else []:  # first, while a GPU's memory is free
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            peaks[name] = process.submit(peak_of, s, name).result()
+    variants = {"backpack": one} | {name: Variant(s, name) for name in names[1:]}
     x, _, (ids, _) = one.batch()
     share = len(ids) / x.numel()
-    flops = {v: sum(train.flops_per_token(variants[v].model, share).values()) for v in names[:2]}
+    flops = {v: variants[v].flops_per_token(share) for v in names[:2]}
+    floor = flops["backpack"] / flops["transformer"]
+    how = f"{one.dtype}, {'eager' if one.net is one.model else 'compiled'}, dropout {s.dropout}"
+    size = f"batch of {tuple(x.shape)} tokens, {len(ids)} of them distinct, FLOP floor {floor:.3f}"
+    took, lines = training(s, one, flops["backpack"])
     result = {
-        "machine": f"{one.device}, {one.dtype}, torch {torch.__version__}",
-        "threads": torch.get_num_threads(),
+        "about": [machine(one.device), f"{s.config}, {one.settings.dataset}, {how}", size, *lines],
         "batch": list(x.shape),
         "distinct": len(ids),
-        "flop floor": flops["backpack"] / flops["transformer"],
-        "seconds": {},
+        "flop floor": floor,
+        "seconds": {"training": {"backpack": took}},
         "parts": parts(s, one),
+        "bytes": peaks,
     }
     for what in ("step", "forward"):
         # in pairs: whatever runs after the dense formula, which frees much memory, is slower
@@ -248,44 +296,25 @@ def measure(s):
             pair = {"backpack": one, name: variants[name]}
             timers = {v: partial(seconds, one.device, getattr(pair[v], what)) for v in pair}
             result["seconds"][f"{what}, {name}"] = take_turns(s, timers, one.batch)
-    peak = configurator.peak_flops(one.device, one.dtype)
-    if peak:  # of a GPU
-        took = {v: np.median(t) for v, t in result["seconds"]["step, transformer"].items()}
-        result["mfu"] = {v: flops[v] * x.numel() / took[v] / peak for v in took}
     if s.generate and x.size(1) >= 64:
-        result["seconds"]["token"], result["generation"] = generation(s, variants)
-    if s.memory:
-        del one
-        variants.clear()
-        result["bytes"] = {}
-        for name in names:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                result["bytes"][name] = process.submit(peak_of, s, name).result()
+        result["seconds"]["token"], line = generation(s, variants)
+        result["about"].append(line)
     return result
 
 
 def table(result):
-    """The figures as text: medians, and ratios of the Backpack to each other variant."""
-    head = "{machine}, {threads} threads\nstep: {batch} (sequences, tokens), {distinct} distinct tokens"
-    lines = [(head + ", FLOP floor {flop floor:.3f}").format(**result)]
+    """The figures as text: medians, and the ratio of the Backpack to each other variant."""
+    lines = list(result["about"])
     for name, times in result["seconds"].items():
-        line, ratios, ours = f"{name:18}", " " * 18, np.array(times["backpack"])
         for v, runs in times.items():
-            line += f"  {v} {np.median(runs) * 1e3:,.1f} ms"
-            if v != "backpack":
-                ratios += f"  backpack / {v} {np.median(ours / np.array(runs)):.3f}"
-        lines += [line, ratios]
-    if "generation" in result:
-        line = "token: mean of {tokens}, {sequences} sequences at once; at 500/512 of the context "
-        line += "{late / early:.2f} of the time at 100/512; sense table {table GB:.2f} GB in "
-        lines.append((line + "{table seconds:.1f} s").format(**result["generation"]))
+            line = f"{name:20} {v:21} {np.median(runs) * 1e3:9,.1f} ms"
+            ratio = np.median(np.array(times["backpack"]) / np.array(runs))
+            lines.append(f"{line}, backpack / {v} {ratio:.3f}" if v != "backpack" else line)
     flops, took = np.sum(list(result["parts"].values()), axis=0)
     for part, (f, t) in result["parts"].items():
         line = f"{part:16} {f / 1e6:9.2f} MFLOP per token, {f / flops:5.1%}"
         lines.append(f"{line}  {t * 1e3:9,.1f} ms alone, {t / took:5.1%}")
-    for name, mfu in result.get("mfu", {}).items():
-        lines.append(f"mfu of {name} {mfu:.1%}")
-    for name, (peak, kept) in result.get("bytes", {}).items():
+    for name, (peak, kept) in result["bytes"].items():
         ours = result["bytes"]["backpack"]
         line = f"peak memory, {name}: {peak / 1e9:.2f} GB, activations {kept / 1e9:.2f} GB"
         lines.append(f"{line}; backpack's are {ours[0] / peak:.3f}, {ours[1] / kept:.3f} of these")
@@ -294,17 +323,10 @@ def table(result):
 
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    if s.profile:
-        one = Variant(s, "backpack")
-        one.step(*one.batch())
-        with torch.profiler.profile() as trace:
-            one.step(*one.batch())
-        trace.export_chrome_trace(s.profile)
-        return print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
     result = measure(s)
     print(table(result))
     if s.json:
-        Path(s.json).write_text(json.dumps(result, indent=1))
+        configurator.write_text(s.json, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
