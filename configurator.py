@@ -341,6 +341,10 @@ def caught_signals():
             signal.signal(number, handler)
 
 
+def _printable(c):
+    return c if c.isprintable() else ascii(c)[1:-1]
+
+
 def run(main):
     """Run a script's main(argv); an error of the user's or with a file is one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):  # what a terminal can't show is no reason to stop
@@ -353,8 +357,7 @@ def run(main):
     except (UserError, OSError) as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
         # what can't be printed could clear the terminal, or look like another line
-        listed = str(error).replace("\n- ", "\0")
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in listed)
-        text = text.replace("\\x00", "\n- ")
+        parts = str(error).split("\n- ")
+        text = "\n- ".join("".join(map(_printable, part)) for part in parts)
         print(f"{Path(sys.argv[0]).name}{rank}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None

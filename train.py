@@ -81,35 +81,31 @@ SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "grow
 RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")  # what --overwrite replaces
 
 
-def take_settings(s, sources, ckpt):
-    """Settings that were not given become the checkpoint's: all at resume, else the network's."""
-    saved = ckpt["config"] | (ckpt["settings"] if s.init_from == "resume" else {})
-    for key, value in saved.items():
-        if key in vars(s) and key not in sources and key not in CALL_KEYS:
-            setattr(s, key, configurator.checked(Settings, key, value, s.init_from))
-
-
-def tell_changes(s, ckpt, say):
-    """At resume, say which settings are no longer the checkpoint's, and a learning rate that rises."""
-    before = ckpt["config"] | ckpt["settings"]
-    for key, old in before.items():
-        if getattr(s, key, old) != old and key not in CALL_KEYS:
-            say(f"resuming with {key}={getattr(s, key)} (until now {old})")
-    then, step = SimpleNamespace(**(vars(s) | before)), ckpt["step"]
-    if (lr := lr_at(s, step)) > 1.01 * (old := lr_at(then, step)):
-        say(f"note: at step {step} the learning rate rises from {old:.2e} to {lr:.2e}")
+def take_settings(s, sources, ckpt, init, say):
+    """What was not given becomes the checkpoint's: all at resume, where it says what is new, else sizes."""
+    resume, before = s.init_from == "resume", SimpleNamespace(**vars(s))
+    saved = ckpt["config"] | (ckpt["settings"] if resume else {})
+    for key in (saved.keys() & vars(s).keys()) - set(CALL_KEYS):
+        value = configurator.checked(Settings, key, saved[key], str(init))
+        setattr(before, key, value)
+        if key not in sources:
+            setattr(s, key, value)
+        elif resume and getattr(s, key) != value:
+            say(f"resuming with {key}={getattr(s, key)} (until now {value})")
+    old, new = lr_at(before, ckpt["step"]), lr_at(s, ckpt["step"])
+    if resume and new > 1.01 * old:
+        say(f"note: at step {ckpt['step']} the learning rate rises from {old:.2e} to {new:.2e}")
 
 
 def setting_problems(s, world):
     """A line for each setting, or pair of settings, that cannot work."""
     tokens, T, lr = s.tokens_per_step, s.block_size, s.learning_rate
     mine, rest = divmod(tokens, T * world)  # sequences of a rank in a step
-    parts = f"block_size={T} times {world} ranks"
     fits = rest or not mine % min(s.batch_size, mine)
     one = world == 1 or not s.device.startswith("cuda:")
     installed = not s.wandb or importlib.util.find_spec("wandb")
     needs = {
-        f"tokens_per_step={tokens} must be a multiple of {parts}": not rest,
+        f"tokens_per_step={tokens} must be a multiple of block_size={T} times {world} ranks": not rest,
         f"batch_size={s.batch_size} must divide the {mine} sequences of a rank in a step": fits,
         f"device={s.device} is for one process: torchrun gives each rank its own": one,
         f"min_lr={s.min_lr} must be at most learning_rate={lr}": s.min_lr <= lr,
@@ -300,9 +296,7 @@ def train(s, sources, stop):
     init = out if resume else Path(s.init_from)
     if s.init_from != "scratch":
         ckpt = load_checkpoint(init, mmap=True)  # in memory once for all ranks
-        take_settings(s, sources, ckpt)
-        if resume:
-            tell_changes(s, ckpt, say)
+        take_settings(s, sources, ckpt, init, say)
         if resume and ckpt["step"] >= s.max_iters and not s.eval_only:
             return say(f"{out} is finished: step {ckpt['step']} of {s.max_iters}")
 
@@ -368,11 +362,12 @@ def train(s, sources, stop):
     step, best, wandb_id = ckpt["step"] if resume else 0, math.inf, None
     saved = step if resume else None  # the step of the last checkpoint
     if resume and not s.eval_only:
-        expect(ckpt, {"optimizer": dict, "scaler": dict, "wandb_id?": str}, out)
+        best = ckpt.get("best") if type(ckpt.get("best")) is float else math.inf
+        shape = {"optimizer": dict, "scaler": dict, "wandb_id?": str}
+        wandb_id = expect(ckpt, shape, out).get("wandb_id")
         load_optimizer(optimizer, ckpt["optimizer"], out)
         if ckpt["scaler"]:  # else the run was not in float16 until now
             scaler.load_state_dict(expect(ckpt["scaler"], SCALER, out))
-        best, wandb_id = ckpt.get("best", math.inf), ckpt.get("wandb_id")
     del ckpt
 
     # ---- compile, wrap

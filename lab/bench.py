@@ -168,7 +168,7 @@ def training(s, one, flops):
         for _ in took:
             step()
     if s.profile:
-        write_text(s.profile, "")  # torch says nothing if it can't be written
+        configurator.write_text(s.profile, "")  # torch says nothing if it can't be written
         trace.export_chrome_trace(s.profile)
     rows = [row for row in trace.key_averages() if not row.is_user_annotation]
     kernels = [row for row in rows if row.device_type == DeviceType.CUDA]
