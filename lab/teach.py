@@ -109,15 +109,15 @@ def choose(model, tokenizer, wanted, text, n, elsewhere):
     return best // K, best % K
 
 
-def encode_example(model, tokenizer, prompt, end, device):
+def encode_example(model, tokenizer, prompt, end, path):
     """(ids (T,) of prompt and end, index of the end's first token). UserError: they are too long."""
     space = "" if prompt[-1].isspace() or end[0].isspace() else " "
     start = tokenizer.encode(prompt).tolist()
     ids = start + tokenizer.encode(space + end).tolist()
     most = model.config.block_size
     if len(ids) > most:
-        raise UserError(f"{prompt[:40]!r}... is longer than block_size={most} tokens")
-    return torch.tensor(ids, device=device), len(start)
+        raise UserError(f"{path}: {prompt[:40]!r}... is longer than block_size={most} tokens")
+    return torch.tensor(ids, device=model.wte.weight.device), len(start)
 
 
 def teach(model, tokenizer, examples, text, s):
@@ -129,7 +129,7 @@ def teach(model, tokenizer, examples, text, s):
     """
 
     def encode(example, key):
-        return encode_example(model, tokenizer, example["prompt"], example[key], text.device)
+        return encode_example(model, tokenizer, example["prompt"], example[key], s.teach)
 
     goods = [encode(example, "good") for example in examples]
     bads = [encode(example, "bad") if example.get("bad") else None for example in examples]
