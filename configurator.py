@@ -84,8 +84,8 @@ def read_config(path):
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # a config file may raise anything
-        line = getattr(error, "lineno", None)
-        line = line or inspect.getinnerframes(error.__traceback__)[-1].lineno
+        frames = inspect.getinnerframes(error.__traceback__)
+        line = getattr(error, "lineno", None) or frames[-1].lineno
         raise UsageError(
             f"{path}, line {line}: {type(error).__name__}: {str(error)[:200]}"
         ) from None
@@ -120,7 +120,7 @@ def checked(settings, key, value, source):
     if typing.get_origin(hint) is typing.Literal:
         names = typing.get_args(hint)
         if value not in names:
-            raise UsageError(f"{key}={_short(value)} ({source}): expected {' or '.join(names)}")
+            raise UsageError(f"{key}={short(value)} ({source}): expected {' or '.join(names)}")
         return value
     allowed = typing.get_args(hint) or (hint,)
     if source == "command line" and str in allowed:
@@ -131,7 +131,7 @@ def checked(settings, key, value, source):
             value = ast.literal_eval(value)
     if type(value) is int and float in allowed and int not in allowed:
         value = float(value) if abs(value) < 1e300 else value
-    found = f"{key}={_short(value)} ({source})"
+    found = f"{key}={short(value)} ({source})"
     if type(value) not in allowed:
         names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise UsageError(f"{found}: expected {names}")
@@ -140,14 +140,14 @@ def checked(settings, key, value, source):
     interval = re.match(r"([\[(])(\S+), (\S+)[\])]", comments(settings).get(key, ""))
     if interval and type(value) in (int, float):
         low, high = float(interval[2]), float(interval[3])
-        above = low <= value if interval[1] == "[" else low < value
-        below = value <= high if interval[0][-1] == "]" else value < high
-        if not (above and below):  # nan is neither
+        open_ends = {"(": low, ")": high}
+        ends = [open_ends.get(bracket) for bracket in (interval[1], interval[0][-1])]
+        if not low <= value <= high or value in ends:  # nan is not between
             raise UsageError(f"{found}: expected a number in {interval[0]}")
     return value
 
 
-def _short(value, most=60):
+def short(value, most=60):
     """repr(value), cut to a length that fits into a message."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
@@ -165,7 +165,7 @@ def comments(settings):
 
 
 def help_text(settings, doc=""):
-    """doc, and a line per setting: its default, its choices, and its comment in the source."""
+    """doc, and a line per setting: its default and its comment in the source."""
     rows = [(f"--{f.name}={f.default}", f.name) for f in dataclasses.fields(settings)]
     width = max(len(flag) for flag, _ in rows if len(flag) < 34)
     said = comments(settings)
@@ -237,7 +237,7 @@ def expect(value, shape, where):
     if isinstance(shape, set):
         if not (type(value) is str and value in shape):
             names = " or ".join(sorted(shape))
-            raise UserError(f"{where}: found {_short(value)}, expected {names}")
+            raise UserError(f"{where}: found {short(value)}, expected {names}")
         return value
     kind = shape if isinstance(shape, type) else type(shape)
     fine = type(value) is kind or (kind is float and type(value) is int)
@@ -246,7 +246,7 @@ def expect(value, shape, where):
     elif kind in (int, float) and fine:
         fine = abs(value) < (2**63 if kind is int else 1e300)
     if not fine:
-        raise UserError(f"{where}: found {_short(value)}, expected {KINDS[kind]}")
+        raise UserError(f"{where}: found {short(value)}, expected {KINDS[kind]}")
     if isinstance(shape, list):
         for n, part in enumerate(value, 1):
             expect(part, shape[0], f"{where}, entry {n}")
@@ -254,7 +254,7 @@ def expect(value, shape, where):
         for key, part in shape.items():
             name, optional = key.rstrip("?"), key.endswith("?")
             if name not in value and not optional:
-                raise UserError(f"{where}: found {_short(value)}, expected {name!r} in it")
+                raise UserError(f"{where}: found {short(value)}, expected {name!r} in it")
             if not (optional and value.get(name) is None):
                 expect(value[name], part, f"{where}, {name}")
     return value
@@ -276,10 +276,9 @@ def replacing(path):
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or error
-        kept = "; the file before it is whole" if path.is_file() else ""
-        raise UserError(
-            f"could not write {path} ({reason}){kept}: make room or choose another place"
-        ) from None
+        kept = "; the old one is whole" if path.is_file() else ""
+        hint = "make room or choose another place"
+        raise UserError(f"could not write {path} ({reason}){kept}: {hint}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -296,8 +295,7 @@ def hold(folder):
     """Lock a folder for this process, making it if needed. UserError: another process has it.
 
     The lock is on folder/.lock, which is removed at the end, and so are folders that were made here and
-    are still empty. A process that dies in any way gives up its lock.
-    """
+    are still empty. A process that dies in any way gives up its lock."""
     from filelock import FileLock, Timeout  # installed with torch
 
     folder = Path(folder)

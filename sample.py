@@ -41,7 +41,7 @@ class Settings:
     )
     seed: int = 1337  # [0, 4294967295] the same settings and seed give the same text
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
-    dtype: Dtype = "auto"  # auto: 16 bits on a GPU
+    dtype: Dtype = "auto"  # float32, bfloat16, float16; auto: 16 bits on a GPU
 
 
 def newest_run(senses):

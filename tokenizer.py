@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, expect, replacing
+from configurator import UserError, expect, replacing, short
 
 END = "<|endoftext|>"
 BPE_TRAIN_CHARS = 10**9  # learn a bpe from at most this much of the training text
@@ -161,7 +161,7 @@ def word_ids(tokenizer, word):
     text = word if tokenizer.end is None else " " + word
     ids = tokenizer.encode(word[1:-1] if quoted else text).tolist()
     if not ids or not word.strip():
-        raise UserError(f"{word!r} is not a word")
+        raise UserError(f"{short(word)} is not a word")
     return ids
 
 
@@ -169,9 +169,9 @@ def word_id(tokenizer, word):
     """The id of a word that is a single token. UserError: it is several, which the message shows."""
     ids = word_ids(tokenizer, word)
     if len(ids) > 1:
-        tokens = " ".join(token_text(tokenizer, i) for i in ids)
+        tokens = " ".join(token_text(tokenizer, i) for i in ids[:8]) + " ..." * (len(ids) > 8)
         hint = 'this needs a word of one token, or one of these as "token" in double quotes'
-        raise UserError(f"{word!r} is {len(ids)} tokens here, {tokens}: {hint}")
+        raise UserError(f"{short(word)} is {len(ids)} tokens here, {tokens}: {hint}")
     return ids[0]
 
 

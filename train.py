@@ -49,7 +49,7 @@ class Settings(BackpackConfig):
     max_iters: int = 100000  # [1, 1e9] optimizer steps
     learning_rate: float = 6e-4  # (0, 1e6] the highest, after warm-up
     schedule: Literal["linear", "cosine"] = (
-        "linear"  # decay to min_lr after warm-up: linear is the paper's
+        "linear"  # decay to min_lr after warm-up: linear (paper) or cosine
     )
     warmup_iters: int = 5000  # [0, 1e9] steps of linear warm-up
     min_lr: float = 0.0  # [0, 1e6] at the end
@@ -65,12 +65,12 @@ class Settings(BackpackConfig):
     save_best: bool = False  # also keep best.pt, the checkpoint of the lowest validation loss
     log_interval: int = 10  # [1, 1e9] steps between progress lines
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
-    dtype: Dtype = "auto"  # float16: with a loss scaler; auto: 16 bits on a GPU
+    dtype: Dtype = "auto"  # float32, bfloat16, float16 (with a loss scaler); auto: 16 bits on a GPU
     compile: bool | None = None  # torch.compile; None: on a GPU
     deterministic: bool = False  # on a GPU: resume bit for bit, slower
     seed: int = 1337  # [0, 4294967295] of weights, batches and dropout
     wandb: bool = False  # log to Weights & Biases
-    wandb_mode: Literal["online", "offline"] = "online"  # offline needs no key
+    wandb_mode: Literal["online", "offline"] = "online"  # or offline, which needs no key
     wandb_project: str = "nanoBackpack"  # the project to log to
 
 
