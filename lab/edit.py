@@ -149,14 +149,16 @@ def make_edits(model, tokenizer, edits):
 
     def sense(edit, key="sense"):
         if not 0 <= edit[key] < K:
-            raise UserError(f"{describe(edit)}: found {key} {edit[key]}, expected 0 to {K - 1}")
+            raise UserError(
+                f"{describe(edit)[:100]}: found {key} {edit[key]}, expected 0 to {K - 1}"
+            )
         return edit[key]
 
     def token_of(edit, key="word"):
         try:
             return word_id(tokenizer, edit[key])
         except UserError as error:
-            raise UserError(f"{describe(edit)}: {error}") from None
+            raise UserError(f"{describe(edit)[:100]}: {error}") from None
 
     scale, offset = {}, {}  # of each edited token: (K,) and (K,D)
 
@@ -176,7 +178,7 @@ def make_edits(model, tokenizer, edits):
         elif edit["edit"] == "replace" and "vector" in edit:
             if len(edit["vector"]) != E.size(1):
                 sizes = f"found {len(edit['vector'])} numbers, expected {E.size(1)}"
-                raise UserError(f"{describe(edit)}: {sizes}")
+                raise UserError(f"{describe(edit)[:100]}: {sizes}")
             offset[token][sense(edit)] = E.new_tensor(edit["vector"])
             scale[token][sense(edit)] = 0.0
         elif edit["edit"] == "replace":
@@ -195,7 +197,7 @@ def make_edits(model, tokenizer, edits):
             most = torch.cat([scale[token], offset[token].flatten()]).abs().max().item()
             if not most < LARGEST:  # nan is not
                 what = f"found numbers of {most:g}, expected less than {LARGEST:g}"
-                raise UserError(f"{describe(edit)}: {what}")
+                raise UserError(f"{describe(edit)[:100]}: {what}")
 
     w, f = [E.new_zeros(0, V, K)], []
     for edit in edits:
@@ -236,7 +238,9 @@ def main(argv):
         text = validation_windows(r, s.dataset, s.data_dir, s.n_window)  # (n_window,T+1)
         edits += teach(r.model, r.tokenizer, examples, text, s)
     for n, edit in enumerate(edits, 1):
-        print(f"{n:3}  {describe(edit)}" + (f", adds {edit['adds']}" if "adds" in edit else ""))
+        print(
+            f"{n:3}  {describe(edit)[:100]}" + (f", adds {edit['adds']}" if "adds" in edit else "")
+        )
     if s.edits and (s.edit or s.teach or s.remove is not None):
         lines = [json.dumps(edit, ensure_ascii=False) for edit in edits]
         write_text(s.edits, "[" + ",\n ".join(lines) + "]\n")
