@@ -85,7 +85,8 @@ def read_config(path):
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # a config file may raise anything
         frames = inspect.getinnerframes(error.__traceback__)
-        line = getattr(error, "lineno", None) or frames[-1].lineno
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)] or ["?"]
+        line = getattr(error, "lineno", None) or lines[-1]
         raise UsageError(
             f"{path}, line {line}: {type(error).__name__}: {str(error)[:200]}"
         ) from None

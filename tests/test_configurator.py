@@ -209,6 +209,12 @@ def test_help_has_comments_of_long_lines():
                 assert comment in text, line
 
 
+def test_a_config_file_that_exits(tmp_path):
+    (tmp_path / "config.py").write_text("a = 1\nexit()\n")
+    with pytest.raises(UsageError, match="config.py, line 2: SystemExit"):
+        configurator.read_config(tmp_path / "config.py")
+
+
 def test_run_turns_user_errors_into_a_line_and_a_code(capsys, monkeypatch):
     def fail(error):
         def main(argv):

@@ -649,6 +649,14 @@ def check_reader(reader):
     return check(reader.script, reader.args.split(), names, reader.writes)
 
 
+@given(data=st.data())
+def test_flipped_bit_of_a_checkpoint_is_noticed(world, data):
+    content = (world / "out/run/ckpt.pt").read_bytes()
+    with a_copy(world):
+        put("out/run/ckpt.pt", data.draw(flipped(content)))
+        assert check_reader(READERS["sample ckpt.pt"])
+
+
 def directory(path):
     path.mkdir()
     (path / "x").write_text("kept")
