@@ -37,7 +37,7 @@ from lab import bench, convert, edit, experiments, look
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 each_time = {"deadline": None, "database": None, "suppress_health_check": slow}
 each_time["phases"] = [Phase.generate]  # to shrink an example would take minutes
-settings.register_profile("short", max_examples=4, derandomize=True, **each_time)
+settings.register_profile("short", max_examples=3, derandomize=True, **each_time)
 settings.register_profile("long", max_examples=300, **each_time)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
