@@ -146,7 +146,7 @@ SAYS_WHY = re.compile(
     "expected|found|must|[Nn]o such|is not|no checkpoint|no dataset|has no|has another|unknown|missing"
     "|can't be read|can't change|outside|damaged|made with other|too long|too short|s a directory|give"
     "|File exists|Input/output|symbolic links|draws|could not write|not here"
-    "|is for|needs|does not fit|but |of another run|lacks|fewer|not UTF-8|, line [0-9]"
+    "|is for|needs|does not fit|but |of another run|lacks|fewer|not UTF-8|, line [0-9?]"
     "|Not a directory|Is a directory"
 )
 
@@ -768,10 +768,11 @@ def check_setting(script, args, key, value, in_file):
         args.append("its.py")
     else:
         args.append(f"--{key}={value}")
-    names = [key, str(value), ascii(value)[1:-1]]
+    names = [key, str(value), ascii(value)[1:40]]
     if isinstance(value, str) and not {*value} & {"\0", "\ud800"}:
         names += [str(Path(value).resolve())]
-    return check(script, args, names, ("edits.json", "out/run/*"))
+    outputs = [str(value)] if key in ("html", "plot", "json", "profile", "edits") else []
+    return check(script, args, names, ["edits.json", "out/run/*", *filter(str.strip, outputs)])
 
 
 def assignment(key, value):
@@ -866,7 +867,7 @@ def test_words(world, data):
     args += ["--text=he"] if key in ("target", "against") else []
     args += data.draw(st.sampled_from([["--plot=plot.svg"], ["--html=page.html"], []]))
     with a_copy(world):
-        check("look.py", args, [key, repr(value)[1:-1], *map(repr, value.split(","))])
+        check("look.py", args, [key, repr(value)[1:40], *map(repr, value.split(","))])
 
 
 CONFIGS = [
