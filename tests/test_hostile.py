@@ -619,6 +619,8 @@ READERS = {
         "convert.py",
         f"--source=published --n_head=2 {IMPORT}",
         (changed_json,),
+        (),
+        ("published/tokenizer.json",),
     ),
     "published bin": Reader(
         "bin/pytorch_model.bin",
