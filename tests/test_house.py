@@ -134,7 +134,7 @@ def test_the_root_works_without_lab(copy):
     assert out.startswith("--- sample 1 of 1\ndocument 1")
 
 
-@pytest.mark.parametrize("arg", ["--edit=scale z 0 0", "--edits=mine.json"])
+@pytest.mark.parametrize("arg", ["--edit=scale z 0 0"])
 def test_edits_without_lab_are_one_clear_line(copy, arg):
     done = call(copy[0], "sample.py", "--run=out/mine", "--device=cpu", arg)
     assert done.returncode == 1 and done.stdout == ""

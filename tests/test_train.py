@@ -278,12 +278,12 @@ def wait(process, code=0):
     return output
 
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 
 
 def test_kill_9_at_any_moment(run_train, data_dir, tmp_path):
     # each start gets to its next checkpoint at least, so that many kills need many steps
-    steps = max(600, 60 * KILLS)
+    steps = max(300, 60 * KILLS)
     args = [f"--max_iters={steps}", "--eval_interval=20", "--dropout=0.1", "--log_interval=20"]
     whole, cut, rng, kills = run_train(*args), tmp_path / "cut", random.Random(0), 0
     while kills < KILLS:
