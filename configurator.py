@@ -88,9 +88,8 @@ def read_config(path):
         frames = inspect.getinnerframes(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)] or ["?"]
         line = getattr(error, "lineno", None) or lines[-1]
-        raise UsageError(
-            f"{path}, line {line}: {type(error).__name__}: {str(error)[:200]}"
-        ) from None
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UsageError(f"{path}, line {line}: {what}") from None
     return {
         key: value
         for key, value in names.items()
@@ -139,12 +138,12 @@ def checked(settings, key, value, source):
         raise UsageError(f"{found}: expected {names}")
     if type(value) is str and (SURROGATE.search(value) or "\0" in value):
         raise UsageError(f"{found}: expected text in UTF-8")
-    interval = re.match(r"([\[(])(\S+), (\S+)[\])]", comments(settings).get(key, ""))
+    interval = re.match(r"([\[(])(\S+), (\S+)([\])])", comments(settings).get(key, ""))
     if interval and type(value) in (int, float):
         low, high = float(interval[2]), float(interval[3])
-        open_ends = {"(": low, ")": high}
-        ends = [open_ends.get(bracket) for bracket in (interval[1], interval[0][-1])]
-        if not low <= value <= high or value in ends:  # nan is not between
+        above = low < value or (low == value and interval[1] == "[")
+        below = value < high or (value == high and interval[4] == "]")
+        if not (above and below):  # nan is neither
             raise UsageError(f"{found}: expected a number in {interval[0]}")
     return value
 
@@ -223,9 +222,13 @@ def read_json(path, shape):
     return parse_json(read_text(path), shape, path)
 
 
-def read_jsonl(path, shape):
-    """The values on the lines of a JSONL file; blank lines count for nothing. UserError: as read_json."""
-    lines = enumerate(read_text(path).split("\n"), 1)
+def read_jsonl(path, shape, is_log=False):
+    """The values on the lines of a JSONL file; blank lines count for nothing. UserError: as read_json.
+
+    is_log: leave out a last line that does not end, as of a run that was killed.
+    """
+    lines = read_text(path).split("\n")
+    lines = enumerate(lines[:-1] if is_log else lines, 1)
     return [parse_json(text, shape, f"{path}, line {n}") for n, text in lines if text.strip()]
 
 
@@ -266,7 +269,8 @@ def expect(value, shape, where):
 def replacing(path):
     """A binary file to write; it takes the place of path once all of it is on disk.
 
-    UserError: that failed, as on a full disk; path is as before, and nothing is left behind."""
+    UserError: that failed, as on a full disk; path is as before, and nothing is left behind.
+    """
     path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -297,7 +301,8 @@ def hold(folder):
     """Lock a folder for this process, making it if needed. UserError: another process has it.
 
     The lock is on folder/.lock, which is removed at the end, and so are folders that were made here and
-    are still empty. A process that dies in any way gives up its lock."""
+    are still empty. A process that dies in any way gives up its lock.
+    """
     from filelock import FileLock, Timeout  # installed with torch
 
     folder = Path(folder)
@@ -341,8 +346,9 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def _printable(c):
-    return c if c.isprintable() else ascii(c)[1:-1]
+def printable(text):
+    """text with escapes for what can't be printed, as it could clear a terminal or look like another line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def run(main):
@@ -356,8 +362,6 @@ def run(main):
         raise SystemExit(1) from None
     except (UserError, OSError) as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
-        # what can't be printed could clear the terminal, or look like another line
-        parts = str(error).split("\n- ")
-        text = "\n- ".join("".join(map(_printable, part)) for part in parts)
+        text = "\n- ".join(map(printable, str(error).split("\n- ")))
         print(f"{Path(sys.argv[0]).name}{rank}: {text}", file=sys.stderr, flush=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import hardware
-from configurator import UserError, changed, configure, expect, hold, read_json
+from configurator import UserError, changed, configure, expect, hold, read_json, read_jsonl
 from hardware import Dtype, activation_bytes, autocast, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, load_checkpoint
 from tokenizer import load_tokenizer, vocabulary_size
@@ -258,12 +258,9 @@ def load_optimizer(optimizer, saved, out):
 
 def cut_metrics(path, step):
     """Drop what a stopped run logged after its checkpoint: later steps, half a line, its evaluation."""
-    whole, kept = configurator.read_text(path).split("\n")[:-1] if path.exists() else [], []
-    for n, line in enumerate(whole, 1):
-        record = configurator.parse_json(line, {"step": int}, f"{path}, line {n}")
-        if record["step"] < step or (record["step"] == step and "loss" in record):
-            kept.append(line + "\n")
-    configurator.write_text(path, "".join(kept))
+    records = read_jsonl(path, {"step": int}, is_log=True) if path.exists() else []
+    kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]
+    configurator.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def main(argv):

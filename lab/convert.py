@@ -22,8 +22,7 @@ from typing import Literal
 
 import torch
 
-import configurator
-from configurator import UserError, checked, configure, hold, read_json, run, write_text
+from configurator import UserError, checked, configure, hold, read_json, read_jsonl, run, write_text
 from lab.edit import expect_edits
 from lab.export import cast, export, from_transformers
 from lab.layouts import LAYOUTS, TRANSFORMERS, detect, infer_config, to_ours
@@ -169,13 +168,9 @@ def read_run(source):
     if "source" in ckpt["settings"]:  # imports before 2026-11-24 have it there
         found = {key: ckpt["settings"].get(f"source_{key}") for key in ("layout", "sha256", "rows")}
         found["name"] = ckpt["settings"]["source"]
-    log, records = (path if path.is_dir() else path.parent) / "metrics.jsonl", []
-    if log.is_file():
-        shape = {"step": int, "val_loss?": float}
-        # a run that was killed may have left half a line
-        *lines, _ = configurator.read_text(log).split("\n")
-        for n, line in enumerate(lines, 1):
-            records.append(configurator.parse_json(line, shape, f"{log}, line {n}"))
+    log, shape = path if path.is_dir() else path.parent, {"step": int, "val_loss?": float}
+    log = log / "metrics.jsonl"
+    records = read_jsonl(log, shape, is_log=True) if log.is_file() else []
     return kept | {"source": found}, [r for r in records if r["step"] <= ckpt["step"]]
 
 

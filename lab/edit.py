@@ -25,7 +25,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, configure, expect, parse_json, read_text, run, write_text
+from configurator import (
+    UserError,
+    configure,
+    expect,
+    parse_json,
+    printable,
+    read_text,
+    run,
+    write_text,
+)
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
 from lab.teach import read_examples, teach, validation_windows
 from sample import open_run
@@ -120,8 +129,7 @@ def describe(edit):
         text = f"replace {edit['word']} {edit['sense']} by a vector of norm {norm:.4g}"
     else:
         text = f"{edit['edit']} {FORMS[edit['edit']].format(**edit)}"
-    # a word may be a token of a line break or of control characters
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(text)  # a word may be a token of a line break or of control characters
 
 
 def summary(edits):

@@ -3,7 +3,7 @@ authors' Lightning files. The layout "hf" is our own, which lab.convert writes f
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, short
 
 LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
 TRANSFORMERS = ("gpt2", "lightning-gpt2")  # the layouts without senses
@@ -228,7 +228,7 @@ def infer_config(state, described, layout, n_head=None, n_sense=0, vocab_size=No
     for key, value in {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}.items():
         found = described.get(key, value)
         if found != value:
-            raise UserError(f"{key}: found {repr(found)[:60]}, expected {value!r}, as model.py has")
+            raise UserError(f"{key}: found {short(found)}, expected {value!r}, as model.py has")
     rows, D = state["wte.weight"].shape
     n_layer = sum(name.endswith("attn.qkv.weight") for name in state)
     sizes = {"n_sense": n_sense}
