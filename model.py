@@ -470,9 +470,8 @@ class Backpack(nn.Module):
         ckpt = source if isinstance(source, dict) else load_checkpoint(source, mmap=True)
         with torch.device("meta"):  # no memory, no initialisation: the weights come now
             model = cls(BackpackConfig(**ckpt["config"] | changes))
-        model.load_state_dict(ckpt["model"], assign=True)
-        for p in model.parameters():
-            p.data = p.data.to(device, torch.float32, copy=True)
+        to = {"device": device, "dtype": torch.float32, "copy": True}  # not pages of the file
+        model.load_state_dict({name: t.to(**to) for name, t in ckpt["model"].items()}, assign=True)
         return model.eval()
 
 
@@ -521,10 +520,8 @@ def load_checkpoint(path, device="cpu", mmap=False):
         if wrong or not isinstance(ckpt.get("settings", {}), dict):
             raise ValueError(f"it lacks {', '.join(wrong) or 'settings'}")
         ckpt = upgrade(ckpt)
-        with torch.device("meta"):
-            model = Backpack(BackpackConfig(**ckpt["config"]))
-        model.load_state_dict(ckpt["model"], assign=True)
-        if not all(p.is_floating_point() and p.isfinite().all() for p in model.parameters()):
+        Backpack.from_checkpoint(ckpt, "meta")  # its config and weights fit, in no memory
+        if not all(t.is_floating_point() and t.isfinite().all() for t in ckpt["model"].values()):
             raise ValueError("some weights are not finite numbers")
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -45,13 +45,13 @@ class Settings:
 
 
 def newest_run(senses):
-    """The run in out/ with the newest checkpoint (if senses, one that has senses), or the shipped run."""
+    """(folder, checkpoint) of the newest in out/ (if senses, that has senses), or of the shipped run."""
     shipped = Path(__file__).parent / "pretrained/simplewiki"
     runs = sorted(Path("out").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(runs):
-        if not senses or load_checkpoint(path, mmap=True)["config"]["n_sense"]:
-            return path.parent
-    return shipped
+    for folder in [*(path.parent for path in reversed(runs)), shipped]:
+        ckpt = load_checkpoint(folder, mmap=True)
+        if not senses or ckpt["config"]["n_sense"]:
+            return folder, ckpt
 
 
 def open_run(run=None, device="auto", edits=None, edit="", senses=True):
@@ -63,10 +63,11 @@ def open_run(run=None, device="auto", edits=None, edit="", senses=True):
     UserError, CheckpointError: one of these is missing or bad.
     """
     device = pick_device(device)
-    path = Path(run) if run else newest_run(senses)
-    if not run:
+    if run:
+        path, ckpt = Path(run), load_checkpoint(run, mmap=True)
+    else:
+        path, ckpt = newest_run(senses)
         print(f"run: {path}", file=sys.stderr)
-    ckpt = load_checkpoint(path, mmap=True)
     if senses and not ckpt["config"]["n_sense"]:
         raise UserError(f"{path} is a plain Transformer (n_sense=0): it has no senses")
     model = Backpack.from_checkpoint(ckpt, device)
