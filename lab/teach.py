@@ -20,8 +20,9 @@ def read_examples(path):
     """The examples of a .jsonl file. UserError: a line is not an example, or there is none."""
     examples = read_jsonl(path, {"prompt": str, "good": str, "bad?": str})
     for n, example in enumerate(examples, 1):
-        if not (example["prompt"] and example["good"]):
-            raise UserError(f"{path}, example {n}: found an empty text, expected a prompt and good")
+        if "" in (example["prompt"], example["good"], example.get("bad")):
+            what = "found an empty text, expected a prompt and good, and bad if it is there"
+            raise UserError(f"{path}, example {n}: {what}")
     if not examples:
         raise UserError(f'{path}: found no lines, expected {{"prompt": "...", "good": "..."}}')
     return examples

@@ -447,6 +447,7 @@ def test_a_transformer_has_nothing_to_edit():
         ('{"prompt": "a"}', "x.jsonl, line 1: found .*, expected 'good' in it"),
         ('{"prompt": "a", "good": "z", "bad": 1}', "line 1, bad: found 1, expected text"),
         ('{"prompt": "", "good": "z"}', "example 1: found an empty text, expected a prompt"),
+        ('{"prompt": "a", "good": "z", "bad": ""}', "example 1: found an empty text"),
         ('{"prompt": "' + 20 * "do" + '", "good": "a"}', "is longer than block_size=8"),
     ],
 )
