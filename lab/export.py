@@ -204,11 +204,14 @@ text. It takes no more tokens at once than it has positions.
 RECIPE = ("init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr")
 RECIPE += ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "transformer_share")
 RECIPE += ("init_std", "seed")
+SIZES = ("train_tokens?", "val_tokens?", "documents?")  # of the data, in a checkpoint's meta
 
 
 def card(path, ckpt, model, edits, metrics):
     """The text of README.md, from what the checkpoint and its metrics say."""
-    meta, c, source = ckpt["meta"], model.config, ckpt["source"]
+    c, source = model.config, ckpt["source"]
+    meta = expect(ckpt["meta"], dict.fromkeys(SIZES, int), f"{path}, meta")
+    expect(ckpt["settings"], {"tokens_per_step?": int, "dataset?": str}, f"{path}, settings")
     values = ckpt["config"] | ckpt["settings"]
     name = path.parent.name if path.is_file() else path.name
     kind = "Backpack" if c.n_sense else "Transformer"
@@ -220,14 +223,14 @@ def card(path, ckpt, model, edits, metrics):
     if source.get("sha256"):
         files = ", ".join(f"{sha} ({file})" for file, sha in source["sha256"].items())
         parts.append(f"**Source**: {source['name']}, layout {source['layout']}; sha256 {files}")
-    if "train_tokens" in meta:
-        parts.append(
-            f"**Data**: {values['dataset']}, {meta['train_tokens']:,} tokens for training, "
-            f"{meta['val_tokens']:,} for validation, {meta['documents']:,} documents."
-        )
-    if ckpt["step"]:
+    sizes = [meta.get(key.rstrip("?")) for key in SIZES]
+    if None not in sizes and values.get("dataset"):
+        train, val, documents = (f"{n:,}" for n in sizes)
+        text = f"{train} tokens for training, {val} for validation, {documents} documents."
+        parts.append(f"**Data**: {values['dataset']}, {text}")
+    tokens = values.get("tokens_per_step")
+    if ckpt["step"] and tokens:
         recipe = ", ".join(f"{key} {values[key]}" for key in RECIPE if key in values)
-        tokens = values["tokens_per_step"]
         parts.append(f"**Training**: {ckpt['step']:,} steps of {tokens:,} tokens; {recipe}.")
     losses = {r["step"]: r["val_loss"] for r in metrics if r.get("val_loss") is not None}
     if losses:

@@ -117,7 +117,9 @@ def encode_example(model, tokenizer, prompt, end, path):
     ids = start + tokenizer.encode(space + end).tolist()
     most = model.config.block_size
     if len(ids) > most:
-        raise UserError(f"{path}: {prompt[:40]!r}... is longer than block_size={most} tokens")
+        raise UserError(
+            f"{path}: {prompt[:40]!r}... is longer than block_size={most} tokens: expected less"
+        )
     return torch.tensor(ids, device=model.wte.weight.device), len(start)
 
 

@@ -809,6 +809,19 @@ def test_word_perplexity_is_what_the_exported_folder_gives_each_document(exporte
     assert abs(printed / math.exp(-total / n_words) - 1) < 1e-3
 
 
+def test_figures_of_a_card_that_are_none(tmp_path):
+    config = BackpackConfig(8, 40, n_layer=1, n_head=2, n_embd=16, n_sense=4)
+    run = save_run(tmp_path / "run", Backpack(config))
+    ckpt = load_checkpoint(run)
+    ckpt["meta"]["train_tokens"] = "many"
+    save_checkpoint(run / "ckpt.pt", ckpt)
+    args = [f"--source={run}", "--to=hf", f"--dest={tmp_path / 'hf'}"]
+    message = "run, meta, train_tokens: found 'many', expected an integer"
+    with pytest.raises(UserError, match=message):
+        convert.main(args)
+    assert not (tmp_path / "hf").exists()
+
+
 def test_what_lies_in_a_folder_stays(tmp_path):
     """An import into a folder of runs removes nothing; over a run, it removes the logs."""
     folder, out = source(tmp_path / "hf", random_hf()), tmp_path / "run"
