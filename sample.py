@@ -73,7 +73,7 @@ def open_run(run=None, device="auto", edits=None, edit="", senses=True):
     model = Backpack.from_checkpoint(ckpt, device)
     tokenizer = load_tokenizer(ckpt["meta"]["tokenizer"], path)
     # without the tensors, which are pages of a file that the caller may want to write
-    ckpt = {key: value for key, value in ckpt.items() if key not in ("model", "optimizer")}
+    ckpt = {key: value for key, value in ckpt.items() if key not in ("model", "optimizer", "muon")}
     listed = []
     if edits or edit:
         try:

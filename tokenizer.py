@@ -203,6 +203,10 @@ def learn(kind, vocab_size, source):
     train_chars, val_chars = set(), set()
     for piece in source():
         (val_chars if piece.is_val else train_chars).update(piece.text)
+    if not train_chars:
+        raise UserError(
+            "found no text to learn from: add some, or change documents and val_fraction"
+        )
     unseen = "".join(sorted(val_chars - train_chars))
     if unseen:
         train_chars.add(UNKNOWN)

@@ -29,6 +29,7 @@ import hardware
 from configurator import UserError, changed, configure, expect, hold, read_json, read_jsonl
 from hardware import Dtype, activation_bytes, autocast, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, load_checkpoint
+from muon import Muon
 from tokenizer import load_tokenizer, vocabulary_size
 
 # ---- settings
@@ -53,6 +54,7 @@ class Settings(BackpackConfig):
     )
     warmup_iters: int = 5000  # [0, 1e9] steps of linear warm-up
     min_lr: float = 0.0  # [0, 1e6] at the end
+    muon_lr: float = 0.0  # [0, 1e6] of matrices, by Muon (see muon.py); 0: AdamW for them, too
     weight_decay: float = 0.1  # [0, 100] of matrices; not of biases, norms and embeddings
     beta1: float = 0.9  # [0, 1) of AdamW
     beta2: float = 0.999  # [0, 1) of AdamW
@@ -84,6 +86,8 @@ RUN_FILES = ("ckpt.pt", "best.pt", "metrics.jsonl")  # what --overwrite replaces
 def take_settings(s, sources, ckpt, init, say):
     """What was not given becomes the checkpoint's: all at resume, where it says what is new, else sizes."""
     resume, before = s.init_from == "resume", SimpleNamespace(**vars(s))
+    if resume and "optimizer" in ckpt:  # else weights only, which train nothing here
+        expect(ckpt["settings"], {"dataset": str}, f"{init}, settings")
     saved = ckpt["config"] | (ckpt["settings"] if resume else {})
     for key in (saved.keys() & vars(s).keys()) - set(CALL_KEYS):
         value = configurator.checked(Settings, key, saved[key], str(init))
@@ -206,7 +210,15 @@ def val_size(tokens, starts, block_size, meta):
     return n_tokens, n_tokens / n_bytes / math.log(2) if n_bytes else None
 
 
-# ---- schedules
+# ---- optimizers and schedules
+
+
+def make_optimizers(model, s, device):
+    """{name in a checkpoint: optimizer}: AdamW, and with muon_lr Muon for the matrices."""
+    matrices, rest = model.param_groups(s.weight_decay)
+    options = {"betas": (s.beta1, s.beta2), "fused": device.type in ("cuda", "cpu", "mps")}
+    adamw = torch.optim.AdamW([rest] if s.muon_lr else [matrices, rest], s.learning_rate, **options)
+    return {"optimizer": adamw} | ({"muon": Muon([matrices], s.muon_lr)} if s.muon_lr else {})
 
 
 def lr_at(s, step):
@@ -241,7 +253,8 @@ def load_optimizer(optimizer, saved, out):
     """Load the moments of a run's checkpoint; the settings stay the optimizer's. UserError: no fit."""
     groups = optimizer.state_dict()["param_groups"]
     params = enumerate(p for group in optimizer.param_groups for p in group["params"])
-    want = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in params}
+    names = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+    want = {i: {name: () if name == "step" else p.shape for name in names} for i, p in params}
     try:
         state = saved["state"]
         found = {i: {name: v.shape for name, v in moments.items()} for i, moments in state.items()}
@@ -352,9 +365,7 @@ def train(s, sources, stop):
     model.to(device).train()
 
     # ---- optimizer
-    groups, betas = model.param_groups(s.weight_decay), (s.beta1, s.beta2)
-    fused = device.type in ("cuda", "cpu", "mps")
-    optimizer = torch.optim.AdamW(groups, s.learning_rate, betas, fused=fused)
+    optimizers = make_optimizers(model, s, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, wandb_id = ckpt["step"] if resume else 0, math.inf, None
     saved = step if resume else None  # the step of the last checkpoint
@@ -362,7 +373,8 @@ def train(s, sources, stop):
         best = ckpt.get("best") if type(ckpt.get("best")) is float else math.inf
         shape = {"optimizer": dict, "scaler": dict, "wandb_id?": str}
         wandb_id = expect(ckpt, shape, out).get("wandb_id")
-        load_optimizer(optimizer, ckpt["optimizer"], out)
+        for name, optimizer in optimizers.items():
+            load_optimizer(optimizer, ckpt.get(name), out)
         if ckpt["scaler"]:  # else the run was not in float16 until now
             scaler.load_state_dict(expect(ckpt["scaler"], SCALER, out))
     del ckpt
@@ -485,7 +497,7 @@ def train(s, sources, stop):
         if not all(p.isfinite().all() for p in model.parameters()):  # true of all ranks or of none
             raise diverged("the weights are no longer finite")
         if master:
-            parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+            parts = {"model": model, "scaler": scaler} | optimizers
             states = {name: part.state_dict() for name, part in parts.items()}
             about = {"config": asdict(config), "settings": settings, "meta": meta, "step": step}
             rng = {"seed": s.seed, "step": step}  # batches and dropout are functions of these
@@ -517,23 +529,27 @@ def train(s, sources, stop):
         rng = np.random.default_rng((s.seed, step))  # one draw for all ranks, whatever their number
         starts = rng.integers(len(train_data) - T, size=(accum, world, B))
         torch.manual_seed(int(rng.integers(2**62)) + rank)  # dropout
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(s, step)
+        lr = lr_at(s, step)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (optimizer.defaults["lr"] / s.learning_rate)
         total = 0.0
         for i in range(accum):
             batch = get_batch(train_data, starts[i, rank], T, device, s.vocab_size)
             if world > 1:  # as DDP's no_sync(): gradients meet once a step
                 net.require_backward_grad_sync = i == accum - 1
             total += micro_step(net, batch, share_at(s, step, device))
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         # the exact means over micro-batches and ranks; and has any rank been told to stop?
         loss, own, norm, stopping = all_mean(*total / accum, norm, len(stop))
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise diverged(f"loss {loss}, gradient norm {norm}, stopped before the update")
-        scaler.step(optimizer)
+        for optimizer in optimizers.values():
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=world == 1)  # DDP: gradients stay in its buckets
         scaler.update()
-        optimizer.zero_grad(set_to_none=world == 1)  # DDP: gradients stay in its buckets
         step += 1
 
         times.append(time.perf_counter() - start)
@@ -545,10 +561,10 @@ def train(s, sources, stop):
             left = (s.max_iters - step) * s.tokens_per_step / speed
             gradient = {"grad_norm": norm if math.isfinite(norm) else None}
             costs = {"tokens_per_second": speed, "mfu": mfu, "memory": memory, "seconds": seconds}
-            log(loss=loss, backpack_loss=own, lr=group["lr"], **gradient, **costs)
+            log(loss=loss, backpack_loss=own, lr=lr, **gradient, **costs)
             mixed = f" (the Backpack's own {own:.4f})" if losses == 2 else ""
             say(
-                f"step {step}/{s.max_iters}  loss {loss:.4f}{mixed}  lr {group['lr']:.2e}  "
+                f"step {step}/{s.max_iters}  loss {loss:.4f}{mixed}  lr {lr:.2e}  "
                 f"norm {norm:.2f}  {speed:,.0f} tokens/s  mfu {f'{mfu:.1%}' if mfu else 'unknown'}  "
                 f"{memory / 1e9:.2f} GB  {datetime.timedelta(seconds=int(left))} left"
             )

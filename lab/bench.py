@@ -92,8 +92,7 @@ class Variant:
         self.model = (Dense if name == "dense" else Backpack)(config).to(self.device)
         compiled = self.device.type == "cuda" if s.compile is None else s.compile
         self.net = torch.compile(self.model) if compiled and name != "dense" else self.model
-        fused = self.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.AdamW(self.model.param_groups(0.1), 1e-4, fused=fused)
+        self.optimizers = train.make_optimizers(self.model, self.settings, self.device)
         self.rng = np.random.default_rng(0)
 
     def batch(self):
@@ -112,8 +111,9 @@ class Variant:
 
     def update(self):
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
 
     def step(self, x, y, distinct):
         if self.net is not self.model:

@@ -290,6 +290,12 @@ def test_what_is_no_expression(tmp_path, pattern):
     assert f"documents={pattern!r}: " in str(error.value) and not (tmp_path / "mine").exists()
 
 
+def test_an_expression_that_leaves_no_text(tmp_path):
+    keys = {"input": write(tmp_path / "t.txt", book(30)), "tokenizer": "char"}
+    with pytest.raises(UserError, match="found no text to learn from: .* change documents"):
+        prepare(tmp_path, "--documents=[^q]", **keys)
+
+
 def test_what_is_taken_from_a_folder(tmp_path, capsys):
     """Text by its name, in any case, compressed or not; the rest is skipped, and said so."""
     import zstandard

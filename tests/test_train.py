@@ -38,8 +38,8 @@ def same(a, b):
 
 def assert_same_state(folder, other):
     a, b = load_checkpoint(folder), load_checkpoint(other)
-    for key in ("model", "optimizer", "scaler", "step", "rng", "best", "meta"):
-        assert same(a[key], b[key]), key
+    for key in ("model", "optimizer", "muon", "scaler", "step", "rng", "best", "meta"):
+        assert same(a.get(key), b.get(key)), key
     assert a["config"] == b["config"]
     settings = (
         {k: v for k, v in c["settings"].items() if k not in train.CALL_KEYS} for c in (a, b)
@@ -203,9 +203,10 @@ def test_eval_only_writes_nothing(run_train):
     assert not (out.parent / "other").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, number, capsys):
-    whole, take, draws = run_train("--dropout=0.1"), train.get_batch, []
+@pytest.mark.parametrize("number, muon_lr", [(signal.SIGTERM, 0.02), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, number, muon_lr, capsys):
+    args = "--dropout=0.1", f"--muon_lr={muon_lr}"
+    whole, take, draws = run_train(*args), train.get_batch, []
 
     def kill_in_step_6(tokens, starts, *args):
         draws.append(len(starts))
@@ -214,7 +215,7 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, number
         return take(tokens, starts, *args)
 
     monkeypatch.setattr(train, "get_batch", kill_in_step_6)
-    cut = run_train("--dropout=0.1", out="cut")
+    cut = run_train(*args, out="cut")
     assert (
         "stopped by a signal after step 6" in capsys.readouterr().out
         and load_checkpoint(cut)["step"] == 6
@@ -304,8 +305,9 @@ def test_kill_9_at_any_moment(run_train, data_dir, tmp_path):
 
 
 def test_two_processes_are_one(run_train, data_dir, tmp_path):
-    one = run_train("--batch_size=4")
-    output = wait(command(data_dir, tmp_path / "two", "--batch_size=2", launcher=torchrun()))
+    one = run_train("--batch_size=4", "--muon_lr=0.02")
+    args = "--batch_size=2", "--muon_lr=0.02"
+    output = wait(command(data_dir, tmp_path / "two", *args, launcher=torchrun()))
     assert "2 ranks x 2 micro-batches" in output and output.count("step 12/12  val loss") == 1
     for key in ("loss", "val_loss", "grad_norm"):
         assert records(one, key) == pytest.approx(records(tmp_path / "two", key), rel=1e-4)
@@ -457,6 +459,7 @@ train.main(sys.argv[1:])
         f"--data_dir={data_dir}",
         "--dataset=tiny",
         "--dtype=float16",
+        "--muon_lr=0.01",
         "--batch_size=4",
         "--eval_interval=1",
         "--transformer_share=0",
@@ -779,6 +782,11 @@ def test_checkpoints_that_are_not_good(run_train, tmp_path):
                 call()
             assert "\n" not in str(error.value)
         (out / "ckpt.pt").write_bytes(good)
+    ckpt = load_checkpoint(out)
+    del ckpt["settings"]["dataset"]
+    torch.save(ckpt, out / "ckpt.pt")  # it would have gone on with the default
+    with pytest.raises(UserError, match="run, settings: found .*, expected .dataset. in it"):
+        run_train("--init_from=resume")
     torch.save({"weights": 1}, out / "ckpt.pt")
     with pytest.raises(CheckpointError, match="it lacks model, config"):
         run_train("--init_from=resume")
@@ -801,6 +809,13 @@ def test_an_optimizer_state_that_does_not_fit(run_train):
     torch.save(ckpt, out / "ckpt.pt")
     with pytest.raises(UserError, match="the state of its optimizer does not fit its weights"):
         run_train("--init_from=resume")
+
+
+@pytest.mark.parametrize("before, after", [(0, 0.02), (0.02, 0)])
+def test_another_optimizer_at_resume(run_train, before, after):
+    run_train("--max_iters=4", f"--muon_lr={before}")
+    with pytest.raises(UserError, match="the state of its optimizer does not fit its weights"):
+        run_train("--init_from=resume", f"--muon_lr={after}")
 
 
 def test_tensors_of_a_checkpoint_that_share_memory(run_train):

