@@ -1,9 +1,10 @@
 """Settings of every script: `[config/file.py ...] [--key=value ...]` and --help.
 
 A script's settings are a dataclass: names, types, defaults, and on each line a comment, which --help
-prints; that of a number begins with the interval in which it must lie. A config file is Python that
-assigns to these names. Later sources override earlier ones. Here is also what all scripts need of the
-system: files that are whole and of the expected shape, locked folders, signals, one-line errors.
+prints; that of a number begins with the interval in which it must lie, and "with NAME:" in it says that
+the setting has no effect without that one. A config file is Python that assigns to these names. Later
+sources override earlier ones. Here is also what all scripts need of the system: files that are whole and
+of the expected shape, locked folders, signals, one-line errors.
 """
 
 import ast
@@ -75,6 +76,12 @@ def configure(settings, argv, doc=""):
                 hint = f": did you mean {near[0]!r}?" if near else ";"
                 raise UsageError(f"unknown key {key!r} ({source}){hint} --help lists all")
             values[key], sources[key] = checked(settings, key, value, source), source
+    for key, source in sources.items():
+        needs = re.match(r"(?:[\[(]\S+ \S+ )?with ([\w, ]+):", comments(settings).get(key, ""))
+        names = re.split(", | or ", needs[1]) if needs else []
+        if names and not any(values[name] for name in names):
+            found = f"{key}={short(values[key])} ({source})"
+            raise UsageError(f"{found} has no effect without --{' or --'.join(names)}")
     return types.SimpleNamespace(**values), sources
 
 
@@ -288,6 +295,15 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def expect_place(path):
+    """UserError: no file can be written at path. For tools to ask before the work whose result it gets."""
+    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK) or there.is_dir() == (there == Path(path).absolute()):
+        what = "is a folder" if there.is_dir() else "is no folder"
+        what = what if os.access(there, os.W_OK) else "must not be written"
+        raise UserError(f"{path}: {there} {what}: choose another place")
 
 
 def write_text(path, text):

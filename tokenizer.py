@@ -154,15 +154,23 @@ def token_dtype(vocab_size):
 def word_ids(tokenizer, word):
     """The ids of a word as it occurs within a text: with a space before it (paper, section 5.2).
 
-    No space is added for a char vocabulary, nor for a "word" in double quotes, which stands for exactly
-    what they enclose. UserError: it is empty.
+    No space is added for a char vocabulary, nor where one (or the dot that we print) is there, nor for a
+    "word" in double quotes, which stands for exactly what they enclose. UserError: it is empty.
     """
-    quoted = len(word) > 2 and word[0] == word[-1] == '"'
-    text = word if tokenizer.end is None else " " + word
-    ids = tokenizer.encode(word[1:-1] if quoted else text).tolist()
+    if is_quoted(word):
+        text = word[1:-1]
+    else:
+        text = (
+            word if tokenizer.end is None else " " + word.removeprefix("\u00b7").removeprefix(" ")
+        )
+    ids = tokenizer.encode(text).tolist()
     if not ids or not word.strip():
         raise UserError(f"{short(word)} is not a word")
     return ids
+
+
+def is_quoted(word):
+    return len(word) > 2 and word[0] == word[-1] == '"'
 
 
 def word_id(tokenizer, word):
@@ -173,6 +181,15 @@ def word_id(tokenizer, word):
         hint = 'this needs a word of one token, or one of these as "token" in double quotes'
         raise UserError(f"{short(word)} is {len(ids)} tokens here, {tokens}: {hint}")
     return ids[0]
+
+
+def word_forms(tokenizer, word):
+    """The ids of a word of one token: with a space before it, and if it is a Name and one token, without.
+
+    So it stands at the start of a text. A name only: without a space, "in" is rather a part of "captain".
+    """
+    id, bare = word_id(tokenizer, word), tokenizer.encode(word).tolist()
+    return [id, *bare] if word[0].isupper() and len(bare) == 1 and bare != [id] else [id]
 
 
 def token_text(tokenizer, id):

@@ -11,8 +11,9 @@
     topic WORD[,WORD...] STRENGTH     gives more weight to senses that say these words: 1 to 3 (6.1)
     replace WORD SENSE by WORD SENSE  replaces one sense by another; in a file also by a "vector"
 
-A WORD is one token and gets a space before it; "WORD" in double quotes is taken as it is. A file is
-a JSON list of edits. Swaps and replacements come first, in order; then weights are multiplied.
+A WORD is one token and gets a space before it; a Name is edited without one, too, as at the start of a
+text, if that is a token. "WORD" in double quotes is taken as it is. A file is a JSON list of edits. Swaps
+and replacements come first, in order; then weights are multiplied.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from configurator import (
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
 from lab.teach import read_examples, teach, validation_windows
 from sample import open_run
-from tokenizer import word_id, word_ids
+from tokenizer import word_forms, word_ids
 
 FORMS = {  # an edit as text; in a file, the names in braces are its keys
     "scale": "{word} {sense} {factor}",
@@ -147,8 +148,11 @@ def read_edits(path):
 
 
 @torch.no_grad()
-def make_edits(model, tokenizer, edits):
-    """A list of edits -> Edits for model.edits; [] -> None. UserError: one doesn't fit the model."""
+def make_edits(model, tokenizer, edits, with_topics=True):
+    """A list of edits -> Edits for model.edits; [] -> None. UserError: one doesn't fit the model.
+
+    with_topics=False leaves topics out, whose weights take some seconds.
+    """
     if not edits:
         return None
     K, V, E = model.config.n_sense, model.config.vocab_size, model.wte.weight.detach()
@@ -162,11 +166,14 @@ def make_edits(model, tokenizer, edits):
             )
         return edit[key]
 
-    def token_of(edit, key="word"):
+    def tokens_of(edit, key="word"):
         try:
-            return word_id(tokenizer, edit[key])
+            return word_forms(tokenizer, edit[key])
         except UserError as error:
             raise UserError(f"{describe(edit)[:100]}: {error}") from None
+
+    def token_of(edit, key):
+        return tokens_of(edit, key)[0]
 
     scale, offset = {}, {}  # of each edited token: (K,) and (K,D)
 
@@ -175,9 +182,10 @@ def make_edits(model, tokenizer, edits):
         C = model.own_senses(torch.tensor(token, device=E.device))
         return scale[token][:, None] * C + offset[token] if token in scale else C
 
-    tokens = [None if edit["edit"] == "topic" else token_of(edit) for edit in edits]
-    for token, edit in zip(tokens, edits):
-        if token is not None and token not in scale:
+    # a word is edited in both its forms: within a text, and at its start
+    changes = [(t, edit) for edit in edits if edit["edit"] != "topic" for t in tokens_of(edit)]
+    for token, edit in changes:
+        if token not in scale:
             scale[token], offset[token] = E.new_ones(K), E.new_zeros(K, E.size(1))
         if edit["edit"] == "swap":
             old, new = (E[token_of(edit, key)] for key in ("from", "to"))
@@ -194,27 +202,27 @@ def make_edits(model, tokenizer, edits):
             offset[token][sense(edit)] = new
             scale[token][sense(edit)] = 0.0
     # scaling a sense is the same as scaling its weight; after all vectors, so that edits multiply
-    for token, edit in zip(tokens, edits):
+    for token, edit in changes:
         if edit["edit"] == "scale":
             which = slice(None) if edit["sense"] == "all" else sense(edit)
             scale[token][which] *= edit["factor"]
             offset[token][which] *= edit["factor"]
 
-    for token, edit in zip(tokens, edits):
-        if token is not None:
-            most = torch.cat([scale[token], offset[token].flatten()]).abs().max().item()
-            if not most < LARGEST:  # nan is not
-                what = f"found numbers of {most:g}, expected less than {LARGEST:g}"
-                raise UserError(f"{describe(edit)[:100]}: {what}")
+    for token, edit in changes:
+        most = torch.cat([scale[token], offset[token].flatten()]).abs().max().item()
+        if not most < LARGEST:  # nan is not
+            what = f"found numbers of {most:g}, expected less than {LARGEST:g}"
+            raise UserError(f"{describe(edit)[:100]}: {what}")
 
     w, f = [E.new_zeros(0, V, K)], []
     for edit in edits:
         if edit["edit"] == "topic":
             strength = edit["strength"]
             bag = sorted({word_ids(tokenizer, word)[0] for word in edit["words"].split(",")})
-            peaks = sense_peaks(model, peaks_progress)
-            w.append(topic_weights(model, bag, strength, peaks, tokenizer.end)[None])
-            f.append(max(STRENGTHS[strength]) / 7.5)
+            if with_topics:
+                peaks = sense_peaks(model, peaks_progress)
+                w.append(topic_weights(model, bag, strength, peaks, tokenizer.end)[None])
+                f.append(max(STRENGTHS[strength]) / 7.5)
     row = torch.zeros(V, dtype=torch.long, device=E.device)
     row[list(scale)] = torch.arange(1, len(scale) + 1, device=E.device)
     return Edits(

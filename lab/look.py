@@ -1,16 +1,17 @@
 """Look into a Backpack: what senses say, which words have like senses, why it predicts a token.
 
     python -m lab.look --word=nurse,river                  what each sense says, high and low
-    python -m lab.look --word=nurse,river,king --sense=3   one sense of several words
+    python -m lab.look --word=nurse,river,king --sense=3   one sense of several words, or some: 3,5
     python -m lab.look --roles                             what each sense does, over all words
     python -m lab.look --similar=river                     nearest words, by sense and overall
     python -m lab.look --text="The nurse said that" --target=he --against=she
-    python -m lab.look --word=nurse --plot=nurse.svg       draws words, similar words or a text
+    python -m lab.look --word=nurse --plot=nurse.svg       draws any of these views
     python -m lab.look --text="The nurse said" --html=page.html   both, to click through
 
 This is the newest run in out/ unless --run=FOLDER says otherwise. A word is looked up with a space
 before it; one of several tokens has the mean of their senses (paper, section 5.2); "word" in double
-quotes is taken as it is. In print, a dot stands for a space.
+quotes is taken as it is. In print, a dot stands for a space. The number beside a sense says how alike its
+ten highest tokens are (the mean cosine of their embeddings): the most readable senses come first.
 """
 
 import json
@@ -18,13 +19,22 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from configurator import UserError, configure, read_text, replacing, run, write_text
+from configurator import (
+    UserError,
+    configure,
+    expect_place,
+    read_text,
+    replacing,
+    run,
+    write_text,
+)
 from lab.edit import summary
 from sample import open_run
-from tokenizer import require, token_text, word_id, word_ids
+from tokenizer import require, token_text, word_forms, word_ids
 
 TEMPLATE = Path(__file__).parent / "report.html"
 
@@ -33,13 +43,14 @@ TEMPLATE = Path(__file__).parent / "report.html"
 class Settings:
     run: str | None = None  # a run folder or checkpoint file; None: the newest run in out/
     word: str = ""  # words, separated by commas: what their senses say
-    sense: int | None = None  # [0, 1e4] with word or similar: this sense only
+    sense: str = ""  # with word or similar: these senses only, such as 4 or 4,10,12
     similar: str = ""  # words, separated by commas: which tokens have senses like theirs
     roles: bool = False  # what each sense does, whatever the word
     text: str = ""  # why does the model continue it as it does?
     target: str | None = None  # with text: a token that may come next; None: the likeliest
-    against: str | None = None  # ... and one to compare it with
+    against: str | None = None  # with text: another token, to see why the first is likelier
     top: int = 6  # [1, 1000] tokens, or parts, to show
+    pieces: bool = False  # also show tokens that are parts of words or no text
     edits: str | None = None  # a JSON file of edits (lab/edit.py): look at the edited model
     edit: str = ""  # more: "scale river 4 0; swap Chicago: Illinois -> Texas; topic sports 2"
     plot: str | None = None  # draw the view into this .png, .svg or .pdf (needs matplotlib)
@@ -61,10 +72,40 @@ def word_senses(model, tokenizer, word):
     return model.senses(ids).mean(0)
 
 
-def says(model, C, n):
-    """What senses C (...,D) say (section 5.1): topk, (...,n), of their highest and lowest logits."""
+def says(model, C, n, shown=None):
+    """What senses C (...,D) say (section 5.1): topk, (...,n), of their highest and lowest logits.
+
+    shown (V,): True for the tokens to choose from; None: all.
+    """
     logits = model.logits(C)  # (...,V)
-    return logits.topk(n), logits.topk(n, largest=False)
+    hide = torch.zeros_like(logits[..., :1], dtype=torch.bool) if shown is None else ~shown
+    n = min(n, logits.size(-1) if shown is None else int(shown.sum()))
+    high, low = (logits.masked_fill(hide, sign * torch.inf) for sign in (-1, 1))
+    return high.topk(n), low.topk(n, largest=False)
+
+
+def whole_words(tokenizer, V):
+    """(V,): True for tokens that a reader can place: words with a space before them, Names, signs.
+
+    None for a vocabulary of characters, or without such tokens.
+    """
+    texts = [tokenizer.decode([i]) for i in range(V)]
+    fine = [t.isprintable() and "\ufffd" not in t and t.strip() != "" for t in texts]
+    fine = [
+        ok and (t[0] == " " or t[0].isupper() or not t[0].isalnum()) for ok, t in zip(fine, texts)
+    ]
+    return torch.tensor(fine) if tokenizer.end is not None and any(fine) else None
+
+
+def coherence(model, top):
+    """How alike the tokens are that each sense says, a measure of how readable it is: top (K,n) -> (K,).
+
+    The mean cosine of two of their embeddings, these less the mean of all.
+    """
+    E = model.wte.weight[: model.config.vocab_size]
+    e = F.normalize(E - E.mean(0), dim=-1)[top]  # (K,n,D)
+    n = top.size(1)
+    return ((e @ e.mT).sum((1, 2)) - n) / max(1, n * (n - 1))
 
 
 def similarity(model, C):
@@ -94,33 +135,44 @@ def ranked(tokenizer, values, ids):
     return [(token_text(tokenizer, i), v) for v, i in zip(values.tolist(), ids.tolist())]
 
 
-def fill(pairs, digits=1, width=70):
-    """'token score' of each pair, as many as fit into this width."""
-    pieces = [f"  {token[:20]} {score:.{digits}f}" for token, score in pairs]
-    while len("".join(pieces)) > width:
-        pieces.pop()
-    return "".join(pieces)
+def fill(pairs, digits=1, indent=12, width=80):
+    """'token score' of each pair, on as many lines of this width as they need."""
+    lines = [""]
+    for token, score in pairs:
+        piece = f"  {token[:20]} {score:.{digits}f}"
+        if indent + len(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return ("\n" + " " * indent).join(lines)
 
 
-def show_words(model, tokenizer, words, senses, n):
-    """The highest (+) and lowest (-) tokens of senses; one sense of several words, side by side."""
+def show_words(model, tokenizer, words, senses, n, shown=None):
+    """The highest (+) and lowest (-) tokens of senses; one sense of several words, side by side.
+
+    senses: those to show; []: all, the most readable first.
+    """
     panels, columns = [], {}
     side_by_side = len(senses) == 1 and len(words) > 1
     for word in words:
         ids = word_ids(tokenizer, word)
         name = " ".join(token_text(tokenizer, i) for i in ids)
-        print(name if len(ids) == 1 else f"{name}: the mean of {len(ids)} tokens")
-        high, low = says(model, word_senses(model, tokenizer, word), n)  # (K,n) each
-        for l in senses:
+        C = word_senses(model, tokenizer, word)  # (K,D)
+        high, low = says(model, C, n, shown)  # (K,n) each
+        alike = coherence(model, says(model, C, 10, shown)[0].indices)  # (K,)
+        order = senses or alike.argsort(descending=True).tolist()
+        if not side_by_side:
+            print(name if len(ids) == 1 else f"{name}: the mean of {len(ids)} tokens")
+        for rank, l in enumerate(order):
             highest = ranked(tokenizer, high.values[l], high.indices[l])
             lowest = ranked(tokenizer, low.values[l], low.indices[l])
-            panels.append((f"{word}, sense {l}", highest))
+            if senses or rank < (6 if len(words) == 1 else 3):  # as many as a picture bears
+                panels.append((f"{word}, sense {l}", highest))
             columns[word] = {"+": highest, "-": lowest}
             if not side_by_side:
-                print(f"{l:3} +{fill(highest)}\n    -{fill(lowest)}")
+                print(f"{l:3}  {alike[l]:.2f}  +{fill(highest)}\n           -{fill(lowest)}")
     if side_by_side:
         width = max(10, 76 // len(words))
-        print(f"\nsense {senses[0]}: highest tokens, then the lowest")
+        print(f"sense {senses[0]}: highest tokens, then the lowest")
         print("  " + "".join(f"{word[: width - 2]:{width}}" for word in words))
         for sign in "+-":
             for row in zip(*(columns[word][sign] for word in words)):
@@ -129,29 +181,31 @@ def show_words(model, tokenizer, words, senses, n):
     return panels
 
 
-def show_similar(model, tokenizer, word, senses, n):
+def show_similar(model, tokenizer, word, senses, n, shown=None):
     """The tokens nearest to a word by each sense, by the mean of all cosines and by the least."""
     cosines = similarity(model, word_senses(model, tokenizer, word))  # (V,K)
     cosines[word_ids(tokenizer, word)] = -1.0
-    columns = {f"sense {l}": cosines[:, l] for l in senses}
-    if len(senses) > 1:
+    if shown is not None:
+        cosines[~shown] = -1.0
+    columns = {f"sense {l}": cosines[:, l] for l in senses or range(cosines.size(1))}
+    if len(senses) != 1:
         columns |= {"all (mean)": cosines.mean(1), "least": cosines.amin(1)}
     print(word)
     panels = []
     for name, column in columns.items():
         nearest = ranked(tokenizer, *column.topk(n))
-        print(f"{name:>11}{fill(nearest, 2, 69)}")
+        print(f"{name:>11}{fill(nearest, 2)}")
         panels.append((f"{word}, {name}", nearest))
     return panels
 
 
-def show_roles(model, tokenizer, n, most=1000):
+def show_roles(model, tokenizer, n, shown=None, most=1000):
     """What a sense does whatever the word, over the words a BPE learned first: the frequent ones."""
     V = model.config.vocab_size
-    words = [i for i in range(V) if re.fullmatch(" ?[a-z]{4,}", tokenizer.decode([i]))]
+    words = [i for i in range(V) if re.fullmatch(" [a-z]{4,}", tokenizer.decode([i]))]
     idx = torch.tensor(words[:most] or [0], device=model.wte.weight.device)  # (N,)
-    tops = [says(model, model.senses(part), min(10, V))[0].indices for part in idx.split(64)]
-    top = torch.cat(tops)  # (N,K,10)
+    tops = [says(model, model.senses(part), 10, shown)[0].indices for part in idx.split(64)]
+    top, panels = torch.cat(tops), []  # (N,K,10)
     own = (top == idx[:, None, None]).any(-1).float().mean(0)  # (K,)
     print(f"{len(idx)} words: how many have themselves among a sense's ten highest tokens,")
     print("and which tokens are most often among these, in % of the words")
@@ -159,7 +213,9 @@ def show_roles(model, tokenizer, n, most=1000):
         tokens, count = top[:, l].unique(return_counts=True)
         order = count.argsort(descending=True)[:n]
         often = ranked(tokenizer, 100 * count[order] / len(idx), tokens[order])
-        print(f"{l:3} {own[l]:6.0%}  {fill(often, 0, 68)}")
+        print(f"{l:3} {own[l]:6.0%}  {fill(often, 0)}")
+        panels.append((f"sense {l}", often))
+    return panels
 
 
 def text_ids(model, tokenizer, text, most):
@@ -183,16 +239,20 @@ def show_text(model, tokenizer, text, target, against, n):
     """What comes next, the largest parts of a logit or of a difference, and all weights and parts."""
     idx = text_ids(model, tokenizer, text, model.config.block_size)  # (T,)
     p = model(idx[None])[0][0, -1].softmax(-1)  # (V,)
-    y = word_id(tokenizer, target) if target else p.argmax().item()
+
+    def likeliest(word):  # after a space, a Name is a token without one
+        return max(word_forms(tokenizer, word), key=lambda i: p[i].item())
+
+    y = likeliest(target) if target else p.argmax().item()
     direction, what = model.wte.weight[y], f"logit of {token_text(tokenizer, y)}"
     if against:
-        z = word_id(tokenizer, against)
+        z = likeliest(against)
         direction = direction - model.wte.weight[z]
         what += f" less that of {token_text(tokenizer, z)}"
     alpha, parts = attribution(model, idx, direction)  # (T,K), (T,K)
 
     names = [token_text(tokenizer, i) for i in idx.tolist()]
-    print("next, %:" + fill(ranked(tokenizer, *(100 * p).topk(n))))
+    print("next, %:" + fill(ranked(tokenizer, *(100 * p).topk(n)), indent=8))
     print(f"\n{what}: {parts.sum():+.3f}")
     print(f"exactly the sum of {parts.numel()} parts; the largest for and against it:")
     order = parts.flatten().sort(descending=True).indices.tolist()
@@ -206,7 +266,7 @@ def show_text(model, tokenizer, text, target, against, n):
     grid(100 * alpha[rows], shown)
     print(f"\nparts of the {what}, in tenths")
     grid(10 * parts[rows], shown)
-    return f"{what}: {parts.sum():+.2f}", parts, names
+    return f"{text!r}\n{what}: {parts.sum():+.2f}", parts, names
 
 
 # ---- pictures and the page
@@ -214,31 +274,40 @@ def show_text(model, tokenizer, text, target, against, n):
 
 def draw_bars(file, title, panels):
     """Draw a panel of bars for each (name, [(token, score)])."""
-    across = min(4, len(panels))
-    down, n = -(-len(panels) // across), len(panels[0][1])
-    size = 3 * across, down * (0.5 + 0.2 * n)
+    across = min(3 if len(panels) % 3 == 0 else 4, len(panels))
+    down, n = -(-len(panels) // across), max(len(bars) for _, bars in panels)
+    size = 3 * across, 0.5 + down * (0.4 + 0.2 * n)
     figure, axes = pyplot().subplots(down, across, figsize=size, squeeze=False, sharex=True)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, bars) in zip(axes.flat, panels):
         tokens, scores = zip(*bars[::-1])
         colors = ["#1f6fb4" if score > 0 else "#c44e52" for score in scores]
-        axis.barh(range(n), scores, color=colors, height=0.7)
-        axis.set_yticks(range(n), [token[:18] for token in tokens])
+        axis.barh(range(len(bars)), scores, color=colors, height=0.7)
+        axis.set_yticks(range(len(bars)), [token[:18] for token in tokens])
         axis.set_title(name, loc="left", fontsize=9, fontweight="bold")
     save(figure, file, title)
 
 
 def draw_parts(file, title, parts, names):
-    """Draw parts (T,K) of a logit as a heat map: senses over the tokens read."""
-    values = parts.T.cpu().numpy()
-    size = max(6, 0.42 * len(names) + 2), 1.6 + 0.26 * len(values)
+    """Draw parts (T,K) of a logit as a heat map: senses over the tokens read, the parts as numbers."""
+    values = parts.T.cpu().numpy()  # (K,T)
+    size = max(6, 0.5 * len(names) + 2), 1.8 + 0.26 * len(values)
     figure, axes = pyplot().subplots(figsize=size)
-    most = abs(values).max()
+    most = max(abs(values).max(), 1e-9)
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set(xticks=range(len(names)), yticks=range(len(values)), ylabel="sense")
     axes.set_xticklabels(names, rotation=60, ha="right", rotation_mode="anchor")
-    figure.colorbar(image, label="part of the logit")
+    axes.set_xticks([i + 0.5 for i in range(len(names) - 1)], minor=True)
+    axes.set_yticks([i + 0.5 for i in range(len(values) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    for (l, j), value in np.ndenumerate(values):
+        if abs(value) >= 0.05:  # else it would be +0.0
+            color = "white" if abs(value) > 0.6 * most else "black"
+            axes.text(j, l, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=color)
+    kind = "difference" if " less that of " in title else "logit"
+    figure.colorbar(image, label=f"part of the {kind}")
     save(figure, file, title)
 
 
@@ -255,11 +324,12 @@ def pyplot():
 
 
 def save(figure, path, title):
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold", fontsize=10)
     # matplotlib refuses to draw 2**16 pixels in a row
     dpi = min(150, 2**15 / max(figure.get_size_inches()))
     with replacing(path) as file:
         figure.savefig(file, dpi=dpi, format=Path(path).suffix[1:])
+    print(f"wrote {path}")
 
 
 def page(model, tokenizer, title, words, text, n, limit=5_000_000):
@@ -306,39 +376,54 @@ def rounded(tensor, digits):
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
     words, alike = split_words(s.word), split_words(s.similar)
-    if not s.html and sum(map(bool, (words, alike, s.text, s.roles))) != 1:
+    views = [name for name in ("word", "similar", "text", "roles") if getattr(s, name)]
+    if not s.html and len(views) != 1:
         raise UserError("give one of --word=..., --similar=..., --text=..., --roles; or --html=...")
-    if s.plot and (s.roles or s.html or Path(s.plot).suffix not in (".png", ".svg", ".pdf")):
-        raise UserError(f"plot={s.plot!r} draws --word, --similar or --text as .png, .svg or .pdf")
+    idle = [
+        key
+        for key in ("similar", "roles", "sense", "target", "against", "plot")
+        if s.html and getattr(s, key)
+    ]
+    if idle:
+        raise UserError(f"{idle[0]} has no effect on the page of --html: leave one of them out")
+    if s.plot and Path(s.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"plot={s.plot!r}: expected a .png, .svg or .pdf")
+    for path in filter(None, (s.plot, s.html)):
+        expect_place(path)
+    if s.plot:
+        pyplot()  # now, if it is not there
     r = open_run(s.run, s.device, s.edits, s.edit)
     model, tokenizer = r.model, r.tokenizer
     K, V = model.config.n_sense, model.config.vocab_size
-    senses = range(K) if s.sense is None else [s.sense]
-    if senses[0] not in range(K):
-        raise UserError(f"sense={s.sense}: expected 0 to {K - 1}, as this run has {K} senses")
-    top = min(s.top, V)
+    senses = [part.strip() for part in s.sense.split(",")] if s.sense else []
+    for l in senses:
+        if not l.isdecimal() or int(l) >= K:
+            raise UserError(f"sense={s.sense!r}: found {l!r}, expected 0 to {K - 1} of {K} senses")
+    senses = [int(l) for l in senses]
+    shown = None if s.pieces else whole_words(tokenizer, V)  # (V,)
     with_edits = f" with {summary(r.edits)}" if r.edits else ""
     if s.html:
-        text = page(model, tokenizer, f"{r.path}{with_edits}", words + alike, s.text, min(8, V))
-        write_text(s.html, text)
-        print(f"{s.html}: {Path(s.html).stat().st_size / 1e6:.1f} MB, open it in a browser")
-    elif s.roles:
-        show_roles(model, tokenizer, top)
-    elif s.text:
-        title, *shown = show_text(model, tokenizer, s.text, s.target, s.against, top)
-        if s.plot:
-            draw_parts(s.plot, title + with_edits, *shown)
+        title = f"{r.path}{with_edits}"
+        write_text(s.html, page(model, tokenizer, title, words, s.text, min(s.top, V)))
+        size = Path(s.html).stat().st_size / 1e6
+        return print(f"wrote {s.html}, {size:.1f} MB: open it in a browser")
+    if s.text:
+        title, *parts = show_text(model, tokenizer, s.text, s.target, s.against, min(s.top, V))
+        return draw_parts(s.plot, title + with_edits, *parts) if s.plot else None
+    if s.roles:
+        title, panels = (
+            "What each sense says of any word",
+            show_roles(model, tokenizer, s.top, shown),
+        )
+    elif words:
+        title = f"What the senses of {', '.join(words)} say"
+        panels = show_words(model, tokenizer, words, senses, s.top, shown)
     else:
-        if words:
-            title = f"What the senses of {', '.join(words)} say"
-            panels = show_words(model, tokenizer, words, senses, top)
-        else:
-            title = f"Tokens nearest to {', '.join(alike)}"
-            panels = []
-            for word in alike:
-                panels += show_similar(model, tokenizer, word, senses, top)
-        if s.plot:
-            draw_bars(s.plot, title + with_edits, panels)
+        title, panels = f"Tokens nearest to {', '.join(alike)}", []
+        for word in alike:
+            panels += show_similar(model, tokenizer, word, senses, min(s.top, V), shown)
+    if s.plot:
+        draw_bars(s.plot, title + with_edits, panels)
 
 
 if __name__ == "__main__":

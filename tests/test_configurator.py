@@ -296,3 +296,19 @@ def test_devices_and_number_types():
         pick_device("cuda:99")
     code = "import sys, configurator; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@dataclasses.dataclass
+class Views:
+    word: str = ""  # what to show
+    similar: str = ""  # what to compare
+    sense: int | None = None  # [0, 9] with word or similar: only this one
+
+
+def test_a_setting_without_effect_is_refused():
+    assert configure(Views, ["--similar=a", "--sense=3"])[0].sense == 3
+    for argv in (["--sense=3"], ["--word=", "--sense=3"]):
+        with pytest.raises(
+            UsageError, match="sense=3 .* has no effect without --word or --similar"
+        ):
+            configure(Views, argv)

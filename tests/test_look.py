@@ -101,6 +101,17 @@ def test_what_senses_say_and_what_is_like_them():
             assert abs(cosines[x, sense] - sum(a * b) / (sum(a * a) * sum(b * b)) ** 0.5) < 1e-12
     mean = tool.word_senses(model, CHARS, "bad")
     assert torch.allclose(mean, (C[1] + C[0] + C[3]) / 3)
+    shown = torch.tensor([True, False] * 4)
+    some = tool.says(model, C[2], 8, shown)
+    for sense in range(4):  # the same order, without those that are not shown
+        want = [y for y in high.indices[sense].tolist() if y % 2 == 0]
+        assert some[0].indices[sense].tolist() == want == some[1].indices[sense].tolist()[::-1]
+    e = model.wte.weight - model.wte.weight.mean(0)
+    for sense, found in enumerate(tool.coherence(model, high.indices[:, :3])):
+        a, b, c = e[high.indices[sense, :3]]
+        pairs = [(a, b), (a, c), (b, c)]
+        want = sum(x @ y / (x @ x * (y @ y)).sqrt() for x, y in pairs) / 3
+        assert torch.isclose(found, want)
 
 
 def test_words_have_a_space_before_them_and_quotes_none(bpe_run):
@@ -132,6 +143,20 @@ def test_views_fit_a_terminal(look):
         assert len(line) <= 80, line
 
 
+def test_senses_stand_in_order_and_in_full(look):
+    """All tokens asked for, none of them a part of a word unless that is asked for, too."""
+    words = look("--word=nurse", "--top=12")
+    rows = re.findall(r"^ +(\d+)  (-?\d\.\d\d)  \+((?:.|\n {11} )*)", words, re.M)
+    order = [float(alike) for _, alike, _ in rows]
+    assert len(rows) == 4 and order == sorted(order, reverse=True)
+    for _, _, said in rows:
+        tokens = said.split()[::2]
+        assert len(tokens) == 12 and all(t[0] == "·" or not t[0].islower() for t in tokens)
+    few = look("--word=nurse", "--top=12", "--sense=3,1", "--pieces=True")
+    assert re.findall(r"^ +(\d+)  ", few, re.M) == ["3", "1"]
+    assert re.search(r"  [a-z]+ -?\d", few)
+
+
 def test_the_text_view_shows_the_models_numbers(look, bpe_run):
     shown = look("--text=The nurse said that", "--target=he", "--against=she", "--top=2")
     r = open_run(bpe_run, "cpu")
@@ -154,8 +179,11 @@ def test_pictures(look, tmp_path):
         ["--word=nurse"],
         ["--similar=nurse,king", "--sense=1"],
         ["--text=The nurse said", "--against=she"],
+        ["--roles"],
     ):
-        look(*args, f"--plot={tmp_path / 'p.png'}", "--top=3")
+        assert f"wrote {tmp_path / 'p.png'}" in look(
+            *args, f"--plot={tmp_path / 'p.png'}", "--top=3"
+        )
         assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG" and (
             tmp_path / "p.png"
         ).stat().st_size > 10000
@@ -165,7 +193,7 @@ def test_pictures(look, tmp_path):
     before = (tmp_path / "p.svg").read_bytes()
     for name in ("p.svg/a.svg", "p.svg/a.html"):
         key = "html" if name.endswith("html") else "plot"
-        with pytest.raises(UserError, match="could not write .*p.svg/a"):
+        with pytest.raises(UserError, match="p.svg is no folder: choose another place"):
             look("--word=nurse", f"--{key}={tmp_path / name}")
     assert (tmp_path / "p.svg").read_bytes() == before
 
@@ -193,7 +221,7 @@ def test_the_page_needs_nothing_else_and_holds_the_models_numbers(look, bpe_run,
     top, scores, _ = data["words"]["nurse"]
     C = model.senses(torch.tensor(word_ids(tokenizer, "nurse")[0]))
     assert (
-        top == model.logits(C).topk(8).indices.tolist()
+        top == model.logits(C).topk(6).indices.tolist()
         and abs(scores[0][0] - model.logits(C)[0].max()) < 0.051
     )
 
@@ -231,14 +259,16 @@ def test_a_run_of_characters(run_train, capsys):
     [
         ([], "give one of --word=..., --similar=..., --text=..."),
         (["--word=a", "--text=b"], "give one of"),
-        (["--roles", "--plot=p.png"], "plot='p.png' draws --word, --similar or --text as .png"),
+        (["--word=nurse", "--plot=p.xyz"], "plot='p.xyz': expected a .png, .svg or .pdf"),
+        (["--word=nurse", "--html=p.html", "--plot=p.png"], "plot has no effect on the page"),
+        (["--text=The", "--html=p.html", "--target=he"], "target has no effect on the page"),
+        (["--word=nurse", "--sense=1,4"], "sense='1,4': found '4', expected 0 to 3 of 4 senses"),
+        (["--word=nurse", "--sense=-1"], "sense='-1': found '-1', expected 0 to 3"),
+        (["--text=The", "--sense=1"], "sense='1' (command line) has no effect without --word or"),
         (
-            ["--word=nurse", "--plot=p.xyz"],
-            "plot='p.xyz' draws --word, --similar or --text as .png",
+            ["--word=nurse", "--target=he"],
+            "target='he' (command line) has no effect without --text",
         ),
-        (["--word=nurse", "--html=p.html", "--plot=p.png"], "plot='p.png' draws --word"),
-        (["--word=nurse", "--sense=4"], "sense=4: expected 0 to 3, as this run has 4 senses"),
-        (["--word=nurse", "--sense=-1"], "sense=-1 (command line): expected a number in [0, 1e4]"),
         (["--word=nurse", "--top=0"], "top=0 (command line): expected a number in [1, 1000]"),
         (["--text=The", "--target=xylophone"], "'xylophone' is"),
         (["--text=" + "nurse " * 40], "expected 1 to 32"),
