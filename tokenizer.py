@@ -188,8 +188,9 @@ def word_forms(tokenizer, word):
 
     So it stands at the start of a text. A name only: without a space, "in" is rather a part of "captain".
     """
-    id, bare = word_id(tokenizer, word), tokenizer.encode(word).tolist()
-    return [id, *bare] if word[0].isupper() and len(bare) == 1 and bare != [id] else [id]
+    id = word_id(tokenizer, word)
+    bare = tokenizer.encode(word).tolist() if word[0].isupper() else [id]
+    return [id, *bare] if len(bare) == 1 and bare != [id] else [id]
 
 
 def token_text(tokenizer, id):

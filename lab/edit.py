@@ -30,6 +30,7 @@ from configurator import (
     UserError,
     configure,
     expect,
+    expect_place,
     parse_json,
     printable,
     read_text,
@@ -37,7 +38,7 @@ from configurator import (
     write_text,
 )
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
-from lab.teach import read_examples, teach, validation_windows
+from lab.teach import count_words, read_examples, teach, validation_tokens, validation_windows
 from sample import open_run
 from tokenizer import word_forms, word_ids
 
@@ -62,19 +63,20 @@ class Settings:
     run: str | None = None  # a run folder or checkpoint file; None: the newest run in out/
     edits: str | None = None  # a JSON file of edits: listed, and written when it changes
     edit: str = ""  # to add: "scale river 4 0; swap Chicago: Illinois -> Texas; topic sports 2"
-    remove: int | None = None  # [1, 1e9] the number of an edit to remove
-    teach: str | None = None  # learn vectors from a file of {"prompt", "good", "bad"}, one per line
-    n_vector: int = 10  # [1, 1e4] how many to learn
-    enough: float = 0.5  # [0, 1] stop teaching when every good continuation has this probability
-    max_kl: float = 0.002  # [0, 100] ... or before other text changes more, in nats per token
-    kl_weight: float = 1.0  # [0, 1e6] weight of that change in the loss
-    elsewhere: float = 1000.0  # [0, 1e9] how strongly use in other text speaks against a vector
-    learning_rate: float = 0.03  # (0, 100] of Adam, in teaching
-    steps: int = 150  # [1, 1e6] at most
-    dataset: str | None = None  # other text comes from its val.bin; None: the run's own dataset
-    data_dir: str = "data"  # where datasets lie
-    n_window: int = 64  # [2, 1e5] windows of other text
-    seed: int = 1337  # [0, 4294967295] of all that is drawn
+    remove: int | None = None  # [1, 1e9] with edits: the number of an edit to remove
+    teach: str | None = None  # learn vectors from a file of {"prompt", "good"}, see lab/teach.py
+    n_vector: int = 10  # [1, 1e4] with teach: how many to learn
+    enough: float = 0.5  # [0, 1] with teach: end when all good continuations are so probable
+    max_kl: float = 0.002  # [0, 100] with teach: ... or before other text changes more, in nats
+    kl_weight: float = 1.0  # [0, 1e6] with teach: weight of that change in the loss
+    elsewhere: float = 1000.0  # [0, 1e9] with teach: how much use elsewhere speaks against a vector
+    learning_rate: float = 0.03  # (0, 100] with teach: of Adam
+    steps: int = 150  # [1, 1e6] with teach: at most
+    compare: bool = False  # with teach: also finetune a copy of all weights, and report on both
+    dataset: str | None = None  # with teach: its val.bin is other text; None: the run's own
+    data_dir: str = "data"  # with teach: where datasets lie
+    n_window: int = 256  # [16, 1e5] with teach: windows of other text, half of them for the report
+    seed: int = 1337  # [0, 4294967295] with teach: of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
 
 
@@ -240,6 +242,8 @@ def peaks_progress(parts):
 
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
+    if s.edits:
+        expect_place(s.edits)
     edits = read_edits(s.edits) if s.edits and Path(s.edits).exists() else []
     r = open_run(s.run, s.device)
     if s.remove is not None:
@@ -248,18 +252,30 @@ def main(argv):
         del edits[s.remove - 1]
     edits += parse(s.edit)
     # raises for what doesn't fit, before anything is written
-    make_edits(r.model, r.tokenizer, edits)
+    r.model.edits = make_edits(r.model, r.tokenizer, edits, with_topics=bool(s.teach))
     if s.teach:
         examples = read_examples(s.teach)
         text = validation_windows(r, s.dataset, s.data_dir, s.n_window)  # (n_window,T+1)
-        edits += teach(r.model, r.tokenizer, examples, text, s)
+        counts = count_words(r, validation_tokens(r, s.dataset, s.data_dir)[:1_000_000])
+        scaled = [
+            e["word"] for e in edits if e["edit"] == "scale"
+        ]  # what is learned would be scaled
+        taken = {i for word in scaled for i in word_forms(r.tokenizer, word)}
+        new = teach(r, examples, text, counts, s, taken)
+        places = {
+            (e["word"], e["sense"]) for e in new
+        }  # their vectors start from those of the file
+        edits = [
+            e for e in edits if "vector" not in e or (e["word"], e["sense"]) not in places
+        ] + new
     for n, edit in enumerate(edits, 1):
-        print(
-            f"{n:3}  {describe(edit)[:100]}" + (f", adds {edit['adds']}" if "adds" in edit else "")
-        )
-    if s.edits and (s.edit or s.teach or s.remove is not None):
-        lines = [json.dumps(edit, ensure_ascii=False) for edit in edits]
-        write_text(s.edits, "[" + ",\n ".join(lines) + "]\n")
+        adds = f", adds {edit['adds']}" if "adds" in edit else ""
+        print(f"{n:3}  {describe(edit)[:100]}{adds}")
+    if s.edit or s.teach or s.remove is not None:
+        if s.edits:
+            lines = [json.dumps(edit, ensure_ascii=False) for edit in edits]
+            write_text(s.edits, "[" + ",\n ".join(lines) + "]\n")
+        print(f"wrote {s.edits}" if s.edits else "nothing is saved without --edits=FILE")
 
 
 if __name__ == "__main__":

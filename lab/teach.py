@@ -1,9 +1,14 @@
 """Teach a Backpack by changing a few of its sense vectors (Hewitt et al. 2024, arXiv 2402.06155).
 
-python -m lab.edit --teach=FILE calls this. Each line of the file is {"prompt": "...", "good":
-"...", "bad": "..."}; "bad" is optional. The change applies wherever the chosen tokens occur, so also
-try prompts that should not change.
+python -m lab.edit --teach=FILE calls this. Each line of the file is {"prompt": "...", "good": "..."}, and
+may have "bad", a continuation to avoid; "subject", the words of the prompt that the fact is about (else its
+name, or its rarest word); "keep", a list of prompts that shall go on as before.
 """
+
+import contextlib
+import copy
+import re
+from collections import Counter
 
 import numpy as np
 import torch
@@ -15,17 +20,35 @@ from lab.control import Edits
 from tokenizer import token_text
 from train import get_batch, load_data
 
+PREFER = 10  # how many times more a vector of the subject's own tokens counts, in choosing
+N_NEAR = 8  # near misses of an example that training sees, and as many that it doesn't
+
 
 def read_examples(path):
     """The examples of a .jsonl file. UserError: a line is not an example, or there is none."""
-    examples = read_jsonl(path, {"prompt": str, "good": str, "bad?": str})
+    shape = {"prompt": str, "good": str, "bad?": str, "subject?": str, "keep?": [str]}
+    examples = read_jsonl(path, shape)
     for n, example in enumerate(examples, 1):
-        if "" in (example["prompt"], example["good"], example.get("bad")):
-            what = "found an empty text, expected a prompt and good, and bad if it is there"
+        subject = example.get("subject") or ""
+        given = [
+            example[key]
+            for key in ("prompt", "good", "bad", "subject")
+            if example.get(key) is not None
+        ]
+        if "" in [*given, *(example.get("keep") or [])]:
+            what = (
+                "found an empty text, expected a prompt and good, and what else is there not empty"
+            )
+            raise UserError(f"{path}, example {n}: {what}")
+        if subject not in example["prompt"]:
+            what = f"found subject {subject[:40]!r}, expected words of its prompt"
             raise UserError(f"{path}, example {n}: {what}")
     if not examples:
         raise UserError(f'{path}: found no lines, expected {{"prompt": "...", "good": "..."}}')
     return examples
+
+
+# ---- text that shall stay as it is
 
 
 def validation_tokens(r, dataset, data_dir):
@@ -55,6 +78,38 @@ def validation_windows(r, dataset, data_dir, n):
     return torch.cat([x, y[:, -1:]], 1)
 
 
+def subject_of(example, counts):
+    """What an example is about: its "subject", else the first name in its prompt, else its rarest word.
+
+    counts: how often each word stands in other text. A name is capitalised more often there than not.
+    """
+    if example.get("subject"):
+        return example["subject"]
+    words = list(re.finditer(r"\w+", example["prompt"]))
+    is_name = [w[0][0].isupper() and counts[w[0]] >= counts[w[0].lower()] for w in words]
+    if True in is_name:
+        first = is_name.index(True)
+        beyond = [*is_name, False].index(False, first)  # names in a row are one
+        return example["prompt"][words[first].start() : words[beyond - 1].end()]
+    return min((w[0] for w in words), key=counts.get, default=example["prompt"])
+
+
+def near_misses(example, subject, counts, avoid, random):
+    """Prompts like the example's about others: 2 N_NEAR of other names and pronouns, then its "keep"."""
+    names = [
+        w for w, _ in counts.most_common() if w[0].isupper() and counts[w] > 4 * counts[w.lower()]
+    ]
+    others = [w for w in names if w not in avoid and len(w) > 2][: 8 * N_NEAR]
+    others = [*random.permutation(others)[: 2 * N_NEAR - 4], "He", "She", "It", "They"]
+    pattern = rf"(\b[Tt]he )?{re.escape(subject)}"
+    return [
+        re.sub(pattern, lambda _, w=w: w, example["prompt"]) for w in random.permutation(others)
+    ]
+
+
+# ---- what edits change
+
+
 def log_p(model, idx, edits=None):
     """Log-probabilities of the next token under the given edits: idx (B,T) -> (B,T,V)."""
     kept = model.edits
@@ -71,48 +126,91 @@ def divergence(before, after):
 
 
 @torch.no_grad()
-def damage(model, edits, text, batch_size=8):
-    """What edits do to text (n,T+1): (mean KL(without || with) per token, perplexity without, with)."""
+def change(before, after, text, batch_size=8):
+    """What differs on text (n,T+1) between two functions of idx (B,T) to log-probabilities (B,T,V).
+
+    Returns (mean KL(before || after) per token, perplexity before, after).
+    """
     total = torch.zeros(3, dtype=torch.float64)
     for part in text.split(batch_size):
         x, y = part[:, :-1], part[:, 1:, None]  # (B,T), (B,T,1)
-        before, after = log_p(model, x), log_p(model, x, edits)  # (B,T,V)
-        losses = -before.gather(2, y).sum(), -after.gather(2, y).sum()
-        total += torch.stack([divergence(before, after).sum(), *losses]).cpu()
-    kl, without_edits, with_edits = total / text[:, 1:].numel()
-    return kl.item(), without_edits.exp().item(), with_edits.exp().item()
+        p, q = before(x), after(x)  # (B,T,V)
+        losses = -p.gather(2, y).sum(), -q.gather(2, y).sum()
+        total += torch.stack([divergence(p, q).sum(), *losses]).cpu()
+    kl, loss_before, loss_after = total / text[:, 1:].numel()
+    return kl.item(), loss_before.exp().item(), loss_after.exp().item()
+
+
+def damage(model, edits, text):
+    """What edits do to text (n,T+1): (mean KL(without || with) per token, perplexity without, with)."""
+    return change(lambda x: log_p(model, x), lambda x: log_p(model, x, edits), text)
+
+
+# ---- the choice of vectors
 
 
 @torch.no_grad()
-def choose(model, tokenizer, wanted, text, n, elsewhere):
-    """The n (token, sense) pairs that matter for what is wanted and are rarely used in other text.
+def choose(model, tokenizer, wanted, text, n, elsewhere, taken=()):
+    """n (token, sense) pairs that matter for what is wanted and are rarely used in other text.
 
-    wanted: [(ids (T,), index of the first token to be said)]; text (m,T+1): other text. The score
-    of a pair is the sum of alpha onto it at the positions that say what is wanted, minus
-    `elsewhere` times its mean per position of other text. Returns tokens (n,), senses (n,).
+    wanted: [(ids (T,), index of the first token to be said, the subject's tokens)]; text (m,T+1): other
+    text; taken: tokens to leave alone. The score of a pair is the sum of alpha onto it at the positions
+    that say what is wanted, PREFER times that for the subject's tokens, minus `elsewhere` times its mean
+    per position of other text; the examples choose in turn. Returns tokens (n,), senses (n,).
     """
     K, V, device = model.config.n_sense, model.config.vocab_size, text.device
-    score = torch.zeros(V, K, device=device)
-    sense = torch.arange(K, device=device)  # (K,)
-    for ids, first in wanted:
-        alpha = model.contextualization(ids[None, :-1])[0, :, first - 1 :].sum(1)  # (K,T)
-        score.index_put_((ids[:-1, None], sense), alpha.mT, accumulate=True)
+    cost = torch.zeros(V, K, device=device)
     for x in text[:, :-1].split(8):
         alpha = model.contextualization(x).sum(2) / text[:, 1:].numel()  # (B,K,T)
-        score.index_put_((x[..., None], sense), -elsewhere * alpha.mT, accumulate=True)
+        cost.index_put_((x[..., None], torch.arange(K, device=device)), alpha.mT, accumulate=True)
+    ranked = []  # of each example its pairs, the best first
+    for ids, first, subject in wanted:
+        alpha = model.contextualization(ids[None, :-1])[0, :, first - 1 :].sum(1).T  # (T,K)
+        tokens, where = ids[:-1].unique(return_inverse=True)  # (U,), (T,)
+        score = alpha.new_zeros(len(tokens), K).index_add(0, where, alpha)  # (U,K)
+        own = torch.isin(tokens, torch.tensor(subject, device=device))  # (U,)
+        score = score * (1 + (PREFER - 1) * own[:, None]) - elsewhere * cost[tokens]
+        pairs = [divmod(i, K) for i in score.flatten().argsort(descending=True).tolist()]
+        ranked.append([(tokens[u].item(), l) for u, l in pairs])
     # a token that is half a character can't be named in a file of edits
-    nameless = [i for i in range(V) if tokenizer.encode(tokenizer.decode([i])).tolist() != [i]]
-    score[nameless] = float("-inf")
-    most = int(score.isfinite().sum())
+    named = {i for pairs in ranked for i, _ in pairs}
+    named = {i for i in named if tokenizer.encode(tokenizer.decode([i])).tolist() == [i]} - set(
+        taken
+    )
+    ranked = [[pair for pair in pairs if pair[0] in named] for pairs in ranked]
+    most = len({pair for pairs in ranked for pair in pairs})
     if n > most:
         raise UserError(f"n_vector={n}: found {most} sense vectors that a file of edits can name")
-    best = score.flatten().topk(n).indices  # (n,)
-    return best // K, best % K
+    chosen = {}  # as a set that keeps its order
+    for turn in range(10**9):
+        left = [pair for pair in ranked[turn % len(ranked)] if pair not in chosen]
+        chosen |= dict.fromkeys(left[:1])
+        if len(chosen) == n:
+            tokens, senses = zip(*chosen)
+            return torch.tensor(tokens, device=device), torch.tensor(senses, device=device)
+
+
+def moved(base, model, tokens, senses, delta):
+    """Edits that add delta (N,D) to the senses (N,) of tokens (N,), as the edits base leave them."""
+    E, K, V = model.wte.weight.detach(), model.config.n_sense, model.config.vocab_size
+    row = torch.zeros(V, dtype=torch.long, device=E.device) if base is None else base.row.clone()
+    scale = E.new_ones(1, K) if base is None else base.scale
+    offset = E.new_zeros(1, K, E.size(1)) if base is None else base.offset
+    new = [i for i in tokens.unique().tolist() if not row[i]]
+    row[new] = torch.arange(len(scale), len(scale) + len(new), device=E.device)
+    scale = torch.cat([scale, scale.new_ones(len(new), K)])
+    offset = torch.cat([offset, offset.new_zeros(len(new), K, E.size(1))])
+    offset = offset.index_put((row[tokens], senses), delta, accumulate=True)
+    w, f = (E.new_zeros(0, V, K), E.new_zeros(0)) if base is None else (base.w, base.f)
+    return Edits(row=row, scale=scale, offset=offset, w=w, f=f)
+
+
+# ---- teaching
 
 
 def encode_example(model, tokenizer, prompt, end, path):
     """(ids (T,) of prompt and end, index of the end's first token). UserError: they are too long."""
-    space = "" if prompt[-1].isspace() or end[0].isspace() else " "
+    space = "" if not end or prompt[-1].isspace() or end[0].isspace() else " "
     start = tokenizer.encode(prompt).tolist()
     ids = start + tokenizer.encode(space + end).tolist()
     most = model.config.block_size
@@ -123,70 +221,162 @@ def encode_example(model, tokenizer, prompt, end, path):
     return torch.tensor(ids, device=model.wte.weight.device), len(start)
 
 
-def teach(model, tokenizer, examples, text, s):
-    """Learn s.n_vector sense vectors that make the good ends of examples likely, as a list of edits.
+class Lesson:
+    """Examples, near misses and other text as token ids, for one model as the edits base leave it.
 
-    text (n,T+1): half of its windows keep the model as it is elsewhere, by a KL term in the loss;
-    the other half measure that, and training stops before their KL exceeds s.max_kl. s: settings of
-    lab/edit.py. UserError: an example is longer than block_size.
+    Training sees the near misses near[0::2] and the windows known; `stop` decides when it ends; near[1::2]
+    and `unseen` are for the report.
     """
 
-    def encode(example, key):
-        return encode_example(model, tokenizer, example["prompt"], example[key], s.teach)
+    def __init__(self, r, examples, text, counts, s):
+        self.model, self.tokenizer, self.s, self.examples = r.model, r.tokenizer, s, examples
+        self.base = r.model.edits
 
-    goods = [encode(example, "good") for example in examples]
-    bads = [encode(example, "bad") if example.get("bad") else None for example in examples]
-    known, held_out = text[::2], text[1::2]
-    tokens, senses = choose(model, tokenizer, goods, known, s.n_vector, s.elsewhere)  # (N,), (N,)
-    E, K, V = model.wte.weight.detach(), model.config.n_sense, model.config.vocab_size
-    _, where = tokens.unique(return_inverse=True)  # (N,)
-    row = torch.zeros(V, dtype=torch.long, device=text.device)
-    row[tokens] = where + 1
+        def encode(prompt, end=""):
+            return encode_example(r.model, r.tokenizer, prompt, end, s.teach)
 
-    def edits(delta):
-        """Edits that add delta (N,D) to the chosen vectors."""
-        offset = E.new_zeros(s.n_vector + 1, K, E.size(1))
-        offset = offset.index_put((where + 1, senses), delta)
-        scale = E.new_ones(s.n_vector + 1, K)
-        return Edits(row=row, scale=scale, offset=offset, w=E.new_zeros(0, V, K), f=E.new_zeros(0))
+        self.goods = [encode(e["prompt"], e["good"]) for e in examples]
+        self.bads = [encode(e["prompt"], e["bad"]) if e.get("bad") else None for e in examples]
+        self.subjects = [subject_of(e, counts) for e in examples]
+        words = [f"{e['good']} {e.get('bad')} {about}" for e, about in zip(examples, self.subjects)]
+        avoid, random = set(re.findall(r"\w+", " ".join(words))), np.random.default_rng(s.seed)
+        self.near = []  # (ids of prompt and good end, index of the end's first token)
+        for example, about in zip(examples, self.subjects):
+            for prompt in near_misses(example, about, counts, avoid, random):
+                with contextlib.suppress(UserError):  # characters that the vocabulary lacks
+                    self.near.append(encode(prompt, example["good"]))
+            for prompt in example.get("keep") or []:  # for training and for the report
+                self.near += 2 * [encode(prompt, example["good"])]
+        self.known, self.stop = text[0::4], text[1::16]
+        self.unseen = torch.cat([text[2::4], text[3::4]])
 
-    def log_p_of_end(encoded, edits):
+    def before(self, idx):
+        return log_p(self.model, idx, self.base)
+
+    def said(self, after, encoded):
+        """The log-probability of an end: encoded (ids (T,), index of its first token) -> a scalar."""
         ids, first = encoded
-        each = log_p(model, ids[None, :-1], edits)[0].gather(1, ids[1:, None])  # (T-1,1)
+        each = after(ids[None, :-1])[0].gather(1, ids[1:, None])  # (T-1,1)
         return each[first - 1 :].sum()
 
-    delta = torch.zeros(s.n_vector, E.size(1), device=text.device, requires_grad=True)  # (N,D)
-    best = torch.zeros_like(delta)
-    optimizer = torch.optim.Adam([delta], s.learning_rate)
-    random = torch.Generator()
-    progress = tqdm(range(1, s.steps + 1), "teaching")
-    for step in progress:
-        now = edits(delta)
-        said = torch.stack([log_p_of_end(good, now) for good in goods])  # (examples,)
-        if said.exp().min() >= s.enough:
-            best = delta.detach().clone()
-            break
-        loss = -said.sum()
-        for bad, good in zip(bads, said):
-            if bad is not None:
-                loss = loss + F.softplus(log_p_of_end(bad, now) - good)
-        some = torch.randint(len(known), (4,), generator=random.manual_seed(s.seed + step))
-        x = known[some, :-1]  # (4,T)
-        change = divergence(log_p(model, x).detach(), log_p(model, x, now)).mean()
-        loss = loss / len(examples) + s.kl_weight * change
-        (delta.grad,) = torch.autograd.grad(loss, delta)
-        optimizer.step()
-        if step % 10 == 0:
-            kl, *_ = damage(model, edits(delta.detach()), held_out)
-            least = said.exp().min()
-            progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
-            if not kl <= s.max_kl:  # nan is not
-                break
-            best = delta.detach().clone()
+    def near_kl(self, after, encoded):
+        """KL(before || after) of what follows a near miss, a scalar."""
+        idx = encoded[0][None, : encoded[1]]  # (1,T)
+        with torch.no_grad():
+            p = self.before(idx)[0, -1]  # (V,)
+        return divergence(p, after(idx)[0, -1])
 
+    def learn(self, params, after, learning_rate, title):
+        """Change params, by Adam, so that good ends become likely and all else stays as it is.
+
+        after: a function of idx to log-probabilities, which depend on params. It ends when every good end
+        has the probability s.enough, or when the windows `stop` change by more than s.max_kl: then params go
+        back as far as needed.
+        """
+        s, optimizer = self.s, torch.optim.Adam(params, learning_rate)
+        random, near = torch.Generator(), self.near[::2]
+        progress = tqdm(range(1, s.steps + 1), title)
+        for step in progress:
+            if step % 10 == 1:  # where it can go back to
+                safe = [p.detach().clone() for p in params]
+            said = torch.stack([self.said(after, good) for good in self.goods])  # (examples,)
+            loss = -said.sum()
+            for bad, good in zip(self.bads, said):
+                if bad is not None:
+                    loss = loss + F.softplus(self.said(after, bad) - good)
+            random.manual_seed(s.seed + step)
+            x = self.known[torch.randint(len(self.known), (4,), generator=random), :-1]  # (4,T)
+            with torch.no_grad():
+                p = self.before(x)  # (4,T,V)
+            kept = divergence(p, after(x)).mean()
+            for i in torch.randperm(len(near), generator=random)[:4].tolist():
+                kept = kept + self.near_kl(after, near[i]) / 4
+            loss = loss / len(self.goods) + s.kl_weight * kept
+            for p, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
+                p.grad = grad
+            optimizer.step()
+            least = said.exp().min().item()  # before this update
+            if step % 10 == 0 or step == s.steps or least >= s.enough:
+                kl, *_ = change(self.before, after, self.stop)
+                progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
+                if not kl <= s.max_kl:  # nan is not
+                    self.go_back(params, safe, after)
+                    break
+                if least >= s.enough:
+                    break
+        progress.close()
+
+    @torch.no_grad()
+    def go_back(self, params, safe, after):
+        """Move params toward safe until `stop` changes by at most s.max_kl."""
+        last, share, step = [p.clone() for p in params], 0.0, 0.5
+        for _ in range(6):
+            for p, here, there in zip(params, safe, last):
+                p.copy_(here + (share + step) * (there - here))
+            if change(self.before, after, self.stop)[0] <= self.s.max_kl:
+                share += step
+            step /= 2
+        for p, here, there in zip(params, safe, last):
+            p.copy_(here + share * (there - here))
+
+    @torch.no_grad()
+    def figures(self, after):
+        """{what is measured: its value, as text} on the examples, near misses and unseen text."""
+        p = [self.said(after, good).exp().item() for good in self.goods]
+        rows = {f"p({e['good']}) after {e['prompt']}": f"{x:.1%}" for e, x in zip(self.examples, p)}
+        if near := self.near[1::2]:
+            kls = [self.near_kl(after, one).item() for one in near]
+            p = [self.said(after, one).exp().item() for one in near]
+            rows[f"{len(near)} near misses: KL of the next token"] = f"{np.mean(kls):.5f}"
+            rows["... p(good): mean, highest"] = f"{np.mean(p):.1%}, {max(p):.1%}"
+        kl, _, perplexity = change(self.before, after, self.unseen)
+        rows[f"{len(self.unseen)} windows of other text: KL per token"] = f"{kl:.5f}"
+        return rows | {"... perplexity": f"{perplexity:.2f}"}
+
+
+def teach(r, examples, text, counts, s, taken=()):
+    """Learn s.n_vector sense vectors that make the good ends of examples likely, as a list of edits.
+
+    r: from open_run, with the edits that are there already in its model; text (n,T+1): other text, half of
+    it for the report that this prints; counts: of its words; s: settings of lab/edit.py; taken: tokens whose
+    senses stay. UserError: an example is longer than block_size.
+    """
+    model, tokenizer = r.model, r.tokenizer
+    lesson = Lesson(r, examples, text, counts, s)
+    about = [
+        {i for space in ("", " ") for i in tokenizer.encode(space + subject).tolist()}
+        for subject in lesson.subjects
+    ]
+    wanted = [(*good, list(own)) for good, own in zip(lesson.goods, about)]
+    tokens, senses = choose(model, tokenizer, wanted, lesson.known, s.n_vector, s.elsewhere, taken)
+    for example, subject, own in zip(examples, lesson.subjects, about):
+        if not own & set(tokens.tolist()):
+            what = f"no vector of {subject!r} was chosen: expect the change elsewhere, too"
+            print(f"warning: {example['prompt'][:40]!r}: {what}")
+    size = s.n_vector, model.config.n_embd
+    delta = torch.zeros(size, device=text.device, requires_grad=True)  # (N,D)
+
+    def with_vectors(idx):
+        return log_p(model, idx, moved(lesson.base, model, tokens, senses, delta))
+
+    lesson.learn([delta], with_vectors, s.learning_rate, "teaching")
+    afters = {"before": lesson.before, "taught": with_vectors}
+    if s.compare:
+        other = copy.deepcopy(model)
+        weights = [p.requires_grad_() for p in other.parameters()]
+
+        def with_weights(idx):
+            return log_p(other, idx, lesson.base)
+
+        lesson.learn(weights, with_weights, s.learning_rate / 300, "finetuning all weights")
+        afters["all weights"] = with_weights
+    columns = [lesson.figures(after) for after in afters.values()]
+    print(" " * 50 + "".join(f"{name:>15}" for name in afters))
+    for name in columns[0]:
+        print(f"{name[:50]:50}" + "".join(f"{column[name]:>15}" for column in columns))
     with torch.no_grad():
-        vectors = model.own_senses(tokens)[torch.arange(s.n_vector), senses] + best  # (N,D)
-        adds = model.logits(best).topk(min(5, V)).indices.tolist()  # (N,5)
+        vectors = model.senses(tokens)[torch.arange(s.n_vector), senses] + delta  # (N,D)
+        adds = model.logits(delta).topk(min(5, model.config.vocab_size)).indices.tolist()  # (N,5)
     return [
         {
             "edit": "replace",
@@ -199,3 +389,8 @@ def teach(model, tokenizer, examples, text, s):
             tokens.tolist(), senses.tolist(), adds, vectors.tolist()
         )
     ]
+
+
+def count_words(r, tokens):
+    """How often each word stands in tokens: a Counter."""
+    return Counter(re.findall(r"\w+", r.tokenizer.decode(tokens.tolist())))

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import sample
 from configurator import UserError
 from lab.edit import describe, make_edits, parse, read_edits
 from lab.look import attribution
-from lab.teach import damage, log_p, read_examples
+from lab.teach import choose, damage, log_p, moved, near_misses, read_examples, subject_of
 from model import Backpack, BackpackConfig, load_checkpoint
 from tokenizer import load_tokenizer
 
@@ -223,7 +224,7 @@ def test_damage_is_the_definition():
             after.flatten(0, 1), before.flatten(0, 1), log_target=True, reduction="batchmean"
         )
         loss = model(text[:, :-1], text[:, 1:])[1]
-    kl, without, with_edits = damage(model, change, text, batch_size=2)
+    kl, without, with_edits = damage(model, change, text)
     assert math.isclose(kl, want.item(), rel_tol=1e-4) and math.isclose(
         without, loss.exp().item(), rel_tol=1e-4
     )
@@ -231,43 +232,99 @@ def test_damage_is_the_definition():
     assert model.edits is None
 
 
-def test_teach_changes_few_vectors_and_little_else(run_train, data_dir, tmp_path, capsys):
+COUNTS = Counter(
+    {"the": 50, "The": 9, "Paris": 8, "Rome": 9, "capital": 5, "flows": 1, "He": 6, "he": 9}
+)
+
+
+@pytest.mark.parametrize(
+    "example, subject",
+    [
+        ({"prompt": "The capital of Paris is"}, "Paris"),
+        ({"prompt": "The New York of Rome"}, "New York"),  # never seen, but never in lower case
+        ({"prompt": "he flows the"}, "flows"),  # no name: the rarest word
+        ({"prompt": "The capital of Paris is", "subject": "capital of Paris"}, "capital of Paris"),
+    ],
+)
+def test_what_an_example_is_about(example, subject):
+    assert subject_of(example, COUNTS) == subject
+    near = near_misses(example, subject, COUNTS, {"Paris", "Rome"}, np.random.default_rng(0))
+    assert len(near) == len(set(near)) == 4  # pronouns: the names are to be avoided
+    assert all(subject not in prompt for prompt in near)
+    rest = example["prompt"].partition(subject)[2]
+    assert any(prompt.endswith(f"She{rest}") for prompt in near)
+
+
+def test_vectors_are_those_of_the_subject_and_their_effect_is_added():
+    """The choice is what loops over positions score; moved() adds to senses as edits have left them."""
+    model, text = tiny(torch.float32), torch.randint(8, (16, 13))
+    model.edits = base = make_edits(model, CHARS, parse("swap a: b -> c; scale d 1 0.5"))
+    ids, first, subject = torch.tensor([3, 0, 5, 0, 2, 6]), 4, [5]
+    tokens, senses = choose(model, CHARS, [(ids, first, subject)], text, 6, 2.0, taken={2})
+    score = {(x, l): 0.0 for x in (3, 0, 5) for l in range(4)}
+    with torch.no_grad():
+        alpha, other = (
+            model.contextualization(ids[None, :-1])[0],
+            model.contextualization(text[:, :-1]),
+        )
+    for l in range(4):
+        for i in range(first - 1, 5):
+            for j in range(i + 1):
+                if ids[j] != 2:
+                    own = 10 if ids[j] == 5 else 1
+                    score[ids[j].item(), l] += own * alpha[l, i, j].item()
+        for b, x in enumerate(text[:, :-1].tolist()):
+            for j, token in enumerate(x):
+                if (token, l) in score:
+                    score[token, l] -= 2.0 * other[b, l, :, j].sum().item() / (16 * 12)
+    want = sorted(score, key=score.get, reverse=True)[:6]
+    assert list(zip(tokens.tolist(), senses.tolist())) == want
+    delta = torch.randn(6, 16)
+    before = model.senses(torch.arange(8))
+    model.edits = moved(base, model, tokens, senses, delta)
+    want = before.index_put((tokens, senses), delta, accumulate=True)
+    assert torch.allclose(model.senses(torch.arange(8)), want, atol=1e-6)
+
+
+def test_teaching(run_train, data_dir, tmp_path, capsys):
+    """A fact is learned in a few vectors, twice; other text stays within max_kl; the report says so."""
     out, file = run_train("--max_iters=60", "--n_embd=32"), tmp_path / "e.json"
     (tmp_path / "x.jsonl").write_text(
-        '{"prompt": "words ", "good": "z", "bad": "a"}\n\n{"prompt": "line", "good": "y"}\n'
+        '{"prompt": "words ", "good": "z", "bad": "a", "keep": ["has "]}\n\n'
+        '{"prompt": "line", "good": "y", "subject": "ne"}\n'
     )
     args = [f"--run={out}", f"--data_dir={data_dir}", "--device=cpu", f"--edits={file}"]
-    lab.edit.main(
-        [
-            *args,
-            f"--teach={tmp_path / 'x.jsonl'}",
-            "--n_vector=6",
-            "--max_kl=9",
-            "--enough=0.3",
-            "--elsewhere=1",
-        ]
-    )
+    args += [f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--n_window=16", "--max_kl=9"]
+    lab.edit.main([*args, "--edit=scale w all 0", "--enough=0.3", "--compare=True"])
+    said = capsys.readouterr().out
     found = read_edits(file)
-    assert len(found) == 6 and all(len(edit["vector"]) == 32 for edit in found)
+    assert len(found) == 7 and all(len(edit["vector"]) == 32 for edit in found[1:])
     ckpt = torch.load(out / "ckpt.pt", weights_only=True)
     model, tokenizer = Backpack.from_checkpoint(out), load_tokenizer(ckpt["meta"]["tokenizer"])
-    change, ids = make_edits(model, tokenizer, found), torch.tensor([tokenizer.encode("words ")])
-    x = tokenizer.encode("z")[0]
-    assert log_p(model, ids, change)[0, -1, x].exp() > 0.29 > 3 * log_p(model, ids)[0, -1, x].exp()
+    ids, z = torch.tensor(tokenizer.encode("words "))[None], tokenizer.encode("z")[0]
+    base, change = (make_edits(model, tokenizer, found[:n]) for n in (1, 7))
+    p, q = (log_p(model, ids, edits)[0, -1, z].exp().item() for edits in (base, change))
+    assert q > 0.29 > 1.5 * p
+    row = next(line for line in said.split("\n") if line.startswith("p(z) after words"))
+    assert row.split()[-3:-1] == [f"{p:.1%}", f"{q:.1%}"]
+    assert "near misses: KL" in said and "8 windows of other text: KL" in said
+    model.edits = base
     before = model.senses(torch.arange(model.config.vocab_size))
     model.edits = change
     differ = (model.senses(torch.arange(model.config.vocab_size)) != before).any(-1)
     assert differ.sum() == 6
+    lab.edit.main([*args, "--enough=0.6"])  # goes on from the file's vectors, one of each place
+    again = read_edits(file)
+    places = [(edit["word"], edit["sense"]) for edit in again[1:]]
+    assert again[0]["edit"] == "scale" and len(places) == len(set(places)) < 12
+    change = make_edits(model, tokenizer, again)
+    assert log_p(model, ids, change)[0, -1, z].exp() > max(0.55, q)
     file.unlink()
-    lab.edit.main(
-        [*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--max_kl=0", "--enough=0.3"]
-    )
-    with pytest.raises(UserError, match=r"n_vector=999: found \d+ sense vectors that a file"):
-        lab.edit.main([*args, f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=999"])
-    model.edits = None  # no damage at all allowed: nothing learned
+    lab.edit.main([*args, "--max_kl=0", "--enough=0.3"])  # no change at all is allowed
     same = make_edits(model, tokenizer, read_edits(file))
     assert torch.allclose(log_p(model, ids, same), log_p(model, ids), atol=1e-4)
-    assert "adds" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"n_vector=999: found \d+ sense vectors that a file"):
+        lab.edit.main([*args, "--n_vector=999"])
 
 
 def test_other_text_has_the_runs_vocabulary(run_train, data_dir, tmp_path):
@@ -300,7 +357,12 @@ def test_files_of_edits(run_train, tmp_path, capsys):
     lab.edit.main([*args, "--edit=swap d: o -> w"])
     capsys.readouterr()
     lab.edit.main([*args, "--remove=2"])
-    assert capsys.readouterr().out.split("\n") == ["  1  scale z 1 0.5", "  2  swap d: o -> w", ""]
+    listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w"]
+    assert capsys.readouterr().out.split("\n") == [*listed, f"wrote {file}", ""]
+    lab.edit.main(args)  # a topic is listed, not computed
+    lab.edit.main([*args[:1], "--edit=scale z 1 0.5"])
+    said = capsys.readouterr().out.split("\n")
+    assert said == [*listed, "  1  scale z 1 0.5", "nothing is saved without --edits=FILE", ""]
     assert [edit["edit"] for edit in read_edits(file)] == ["scale", "swap"]
     before = file.read_bytes()
     with pytest.raises(UserError, match="remove=7: found 2 edits"):
@@ -430,7 +492,7 @@ def test_files_of_text(tmp_path, run_train):
         read_examples(tmp_path / "x.jsonl")
     place = f"--edits={tmp_path / 'x.jsonl/e.json'}"
     run = run_train("--max_iters=1")
-    with pytest.raises(UserError, match="could not write .*x.jsonl/e.json"):
+    with pytest.raises(UserError, match="x.jsonl is no folder: choose another place"):
         lab.edit.main([f"--run={run}", "--device=cpu", place, "--edit=scale z 1 0"])
 
 

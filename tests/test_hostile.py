@@ -399,7 +399,7 @@ SAMPLE = "--device=cpu --num_samples=1 --max_new_tokens=3"
 RESUME = "--init_from=resume --out_dir=out/run --max_iters=3"
 RUN = ("out/run/*",)
 MINE = "--documents=blank_line --val_fraction=0.3 --num_proc=1 --tokenizer=char"
-TEACH = "--run=out/run --device=cpu --teach=examples.jsonl --steps=2 --n_window=2 --n_vector=2"
+TEACH = "--run=out/run --device=cpu --teach=examples.jsonl --steps=2 --n_window=16 --n_vector=2"
 OF_RUN = "--run=out/run --device=cpu"
 IMPORT = "--dest=out/imported"
 OF_EDITS = tuple(f"{name} " for name in edit.FORMS)
