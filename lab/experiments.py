@@ -5,6 +5,7 @@
     python -m lab.experiments --bias              he or she after a profession (section 6.2)
     python -m lab.experiments --topics            text about a topic (6.1)
     python -m lab.experiments --damage=edits.json what the first 1, 10, 100 edits do to other text
+    python -m lab.experiments --swaps             words whose next token a swap can turn, and how far
     python -m lab.experiments --words             word perplexity, each document by itself
 
 This is the newest run in out/ unless --run=FOLDER says otherwise; --words also takes a Transformer.
@@ -21,9 +22,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, configure, expect, read_json, read_text, run
-from lab.edit import make_edits, read_edits
-from lab.look import word_senses
+from configurator import UserError, configure, expect, printable, read_json, read_text, run
+from lab.edit import describe, make_edits, read_edits
+from lab.look import attribution, word_senses
 from lab.teach import damage, validation_tokens, validation_windows
 from sample import open_run
 from tokenizer import require, word_id, word_ids
@@ -42,13 +43,17 @@ class Settings:
     bias: bool = False  # he or she after a profession
     topics: bool = False  # generation about topics
     damage: str | None = None  # a JSON file of edits
+    swaps: bool = False  # candidates for swaps, from the first words of validation documents
     words: bool = False  # word perplexity, each document by itself
-    prompts: str | None = None  # your own professions, prompts and topics: see lab/stimuli.json
+    prompts: str | None = None  # with bias or topics: a file of your own, like lab/stimuli.json
     transformer: str | None = None  # with bias: a run with n_sense=0, also with this tokenizer
-    num_samples: int = 20  # [1, 1e4] with topics: texts for each topic and strength
-    max_new_tokens: int = 100  # [1, 1e6] ... and their length
-    n_bootstrap: int = 1000  # [1, 1e4] bootstrap samples for the intervals
-    dataset: str | None = None  # with damage or words: text of its val.bin; None: the run's dataset
+    top: int = 10  # [1, 1000] with swaps: how many to show
+    num_samples: int = (
+        20  # [1, 1e4] with topics or swaps: texts for each topic and strength, or swap
+    )
+    max_new_tokens: int = 100  # [1, 1e6] with topics: their length
+    n_bootstrap: int = 1000  # [1, 1e4] with lexical, bias or topics: samples for the intervals
+    dataset: str | None = None  # with damage, swaps or words: its val.bin; None: the run's dataset
     data_dir: str = "data"  # where datasets lie
     seed: int = 1337  # [0, 4294967295] of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
@@ -273,6 +278,64 @@ def topics(model, tokenizer, stimuli, s):
         print(f"mean {name:14}" + "".join(f"{mean:>24}" for mean in means))
 
 
+# ---- swaps
+
+
+def turnable(r, tokens, is_word, length=24):
+    """[(ids (T,), word, FROM)]: starts of documents, and the token there that says most of the next, FROM.
+
+    FROM has a probability of at least 0.3; it and the token word are words.
+    """
+    found, at = [], np.flatnonzero(tokens == r.tokenizer.end) + 1
+    for document in tqdm(np.split(tokens, at), "documents", leave=False):
+        start = document[: min(length, len(document) - 1)].astype(np.int64)
+        if len(start) < 4:
+            continue
+        ids = torch.from_numpy(start).to(r.device)
+        p, y = r.model(ids[None])[0][0].softmax(-1).max(-1)  # (T,) each
+        for n in range(4, len(ids) + 1):
+            if p[n - 1] >= 0.3 and is_word[y[n - 1]]:
+                parts = attribution(r.model, ids[:n], r.model.wte.weight[y[n - 1]])[1].sum(
+                    1
+                )  # (n,)
+                word = ids[parts.argmax()].item()
+                if is_word[word] and word != y[n - 1]:
+                    found.append((ids[:n], word, y[n - 1].item()))
+    return found
+
+
+def swaps(r, s):
+    """Of words that decide the next token FROM, the swaps to tokens like FROM that go furthest."""
+    model, tokenizer, best = r.model, r.tokenizer, {}
+    tokens, V = validation_tokens(r, s.dataset, s.data_dir), model.config.vocab_size
+    texts = [tokenizer.decode([i]) for i in range(V)]
+    is_word = torch.tensor([text[0] == " " and text[1:].isalpha() for text in texts])  # (V,)
+    is_word[:500] = False  # the, of, was, ...: a BPE learns frequent tokens first
+    E = F.normalize(model.wte.weight[:V] - model.wte.weight[:V].mean(0), dim=-1)  # (V,D)
+    for ids, word, old in turnable(r, tokens, is_word):
+        before = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
+        for new in (E @ E[old]).masked_fill(~is_word, -1.0).topk(6).indices[1:].tolist():
+            edit = {"edit": "swap", "word": texts[word], "from": texts[old], "to": texts[new]}
+            model.edits = make_edits(model, tokenizer, [edit])
+            after = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
+            model.edits = None
+            p = [x[y].item() for x in (before, after) for y in (old, new)]
+            turned = after.argmax() == new and p[2] <= p[0] / 2 and p[1] < 0.1
+            if turned and (word not in best or p[3] > best[word][0][3]):
+                best[word] = p, ids, edit
+    print("% of FROM and TO before, after; samples with TO in their next 8 tokens; text; swap")
+    for p, ids, edit in sorted(best.values(), key=lambda row: -row[0][3])[: s.top]:
+        model.edits = make_edits(model, tokenizer, [edit])
+        random = torch.Generator(r.device).manual_seed(s.seed)
+        samples = model.generate(ids.repeat(s.num_samples, 1), 8, temperature=0.8, generator=random)
+        model.edits = None
+        (to,) = tokenizer.encode(edit["to"])
+        follow = (samples[:, len(ids) :] == to).any(1).float().mean().item()
+        print("{:4.0f} {:3.0f}  {:3.0f} {:3.0f}  ".format(*(100 * x for x in p)), end="")
+        print(f"{follow:4.0%}  {printable(tokenizer.decode(ids.tolist()))[-60:]}")
+        print(" " * 24 + describe({key: value.strip() for key, value in edit.items()}))
+
+
 # ---- other text
 
 
@@ -321,9 +384,10 @@ def word_perplexity(r, s):
 @torch.no_grad()
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    of_senses = s.lexical or s.bias or s.topics or s.damage
+    of_senses = s.lexical or s.bias or s.topics or s.damage or s.swaps
     if not of_senses and not s.words:
-        raise UserError("give one of --lexical=FOLDER, --bias, --topics, --damage=FILE, --words")
+        names = "--lexical=FOLDER, --bias, --topics, --damage=FILE, --swaps, --words"
+        raise UserError(f"give one of {names}")
     if s.lexical or s.bias:
         require("scipy", "this experiment")  # before it begins
     stimuli = read_stimuli(s.prompts)
@@ -337,6 +401,8 @@ def main(argv):
         topics(r.model, r.tokenizer, stimuli, s)
     if s.damage:
         harm(r, s)
+    if s.swaps:
+        swaps(r, s)
     if s.words:
         word_perplexity(r, s)
 

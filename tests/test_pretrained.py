@@ -1,5 +1,7 @@
 """The run in the repository: it samples, is small, and its attribution is exact."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from conftest import ROOT
 
 import sample
 import train
+from lab import experiments
+from lab.edit import make_edits, parse
 from lab.look import attribution, says
-from tokenizer import word_ids
+from tokenizer import word_id, word_ids
 
 FOLDER = ROOT / "pretrained/simplewiki"
 
@@ -70,3 +74,26 @@ def test_attribution_is_exact(run):
         y = int(random.integers(8192))
         logit = model(idx[None])[0][0, -1, y]
         assert abs(attribution(model, idx, model.wte.weight[y])[1].sum() - logit) < 1e-4
+
+
+@torch.no_grad()
+def test_candidates_for_swaps_do_what_they_say(run, monkeypatch, capsys):
+    """What --swaps prints is what the edit, typed from its output, does."""
+    model, tokenizer = run
+    texts = ["He was born in Chicago, Illinois.", "It is in the United States of America."]
+    ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.end]]
+    monkeypatch.setattr(experiments, "validation_tokens", lambda *_: np.array(ids))
+    experiments.main([f"--run={FOLDER}", "--swaps=True", "--device=cpu", "--num_samples=4"])
+    rows = capsys.readouterr().out.split("\n")[2:]
+    found = re.findall(r"\n? *(\d+) +(\d+) +(\d+) +(\d+) +\d+% +(.*)\n +(swap .*)", "\n".join(rows))
+    assert any("Chicago: Illinois ->" in edit for *_, edit in found)
+    for *figures, text, edit in found:
+        old, new = (word_id(tokenizer, word) for word in edit.split(": ")[1].split(" -> "))
+        idx = torch.tensor(tokenizer.encode(text.replace("\\n", "\n")))[None]
+        before = model(idx)[0][0, -1].softmax(-1)
+        model.edits = make_edits(model, tokenizer, parse(edit))
+        after = model(idx)[0][0, -1].softmax(-1)
+        model.edits = None
+        assert after.argmax() == new and after[old] <= before[old] / 2
+        p = [before[old], before[new], after[old], after[new]]
+        assert [float(x) for x in figures] == pytest.approx([100 * x.item() for x in p], abs=0.6)
