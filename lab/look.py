@@ -4,17 +4,17 @@
     python -m lab.look --word=nurse,river,king --sense=3   one sense of several words, or some: 3,5
     python -m lab.look --roles                             what each sense does, over all words
     python -m lab.look --similar=river                     nearest words, by sense and overall
+    python -m lab.look --who=Canada                        which senses of which words say a word most
     python -m lab.look --text="The nurse said that" --target=he --against=she
     python -m lab.look --word=nurse --plot=nurse.svg       draws any of these views
-    python -m lab.look --text="The nurse said" --html=page.html   both, to click through
+    python -m lab.look --text="The nurse said" --html=page.html   all this and edits, in a browser
 
 This is the newest run in out/ unless --run=FOLDER says otherwise. A word is looked up with a space
 before it; one of several tokens has the mean of their senses (paper, section 5.2); "word" in double
 quotes is taken as it is. In print, a dot stands for a space. The number beside a sense says how alike its
-ten highest tokens are (the mean cosine of their embeddings): the most readable senses come first.
+ten highest tokens are (see coherence): the most readable senses come first.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from configurator import (
     UserError,
     configure,
     expect_place,
-    read_text,
     replacing,
     run,
     write_text,
@@ -36,8 +35,6 @@ from lab.edit import summary
 from sample import open_run
 from tokenizer import require, token_text, word_forms, word_ids
 
-TEMPLATE = Path(__file__).parent / "report.html"
-
 
 @dataclass
 class Settings:
@@ -45,6 +42,7 @@ class Settings:
     word: str = ""  # words, separated by commas: what their senses say
     sense: str = ""  # with word or similar: these senses only, such as 4 or 4,10,12
     similar: str = ""  # words, separated by commas: which tokens have senses like theirs
+    who: str = ""  # the senses of all words that raise this one most
     roles: bool = False  # what each sense does, whatever the word
     text: str = ""  # why does the model continue it as it does?
     target: str | None = None  # with text: a token that may come next; None: the likeliest
@@ -97,15 +95,17 @@ def whole_words(tokenizer, V):
     return torch.tensor(fine) if tokenizer.end is not None and any(fine) else None
 
 
-def coherence(model, top):
+def coherence(model, tokenizer, top):
     """How alike the tokens are that each sense says, a measure of how readable it is: top (K,n) -> (K,).
 
-    The mean cosine of two of their embeddings, these less the mean of all.
+    The mean cosine of two of their embeddings, these less the mean of all; tokens of fewer than three letters
+    count as unlike all others.
     """
-    E = model.wte.weight[: model.config.vocab_size]
-    e = F.normalize(E - E.mean(0), dim=-1)[top]  # (K,n,D)
-    n = top.size(1)
-    return ((e @ e.mT).sum((1, 2)) - n) / max(1, n * (n - 1))
+    E, n = model.wte.weight[: model.config.vocab_size], top.size(1)
+    letters = [len(re.findall(r"[^\W\d_]", tokenizer.decode([i]))) for i in top.flatten().tolist()]
+    counts = torch.tensor(letters, device=top.device).view_as(top) > 2  # (K,n)
+    e = F.normalize(E - E.mean(0), dim=-1)[top] * counts[..., None]  # (K,n,D)
+    return ((e @ e.mT).sum((1, 2)) - counts.sum(1)) / max(1, n * (n - 1))
 
 
 def similarity(model, C):
@@ -158,7 +158,7 @@ def show_words(model, tokenizer, words, senses, n, shown=None):
         name = " ".join(token_text(tokenizer, i) for i in ids)
         C = word_senses(model, tokenizer, word)  # (K,D)
         high, low = says(model, C, n, shown)  # (K,n) each
-        alike = coherence(model, says(model, C, 10, shown)[0].indices)  # (K,)
+        alike = coherence(model, tokenizer, says(model, C, 10, shown)[0].indices)  # (K,)
         order = senses or alike.argsort(descending=True).tolist()
         if not side_by_side:
             print(name if len(ids) == 1 else f"{name}: the mean of {len(ids)} tokens")
@@ -197,6 +197,21 @@ def show_similar(model, tokenizer, word, senses, n, shown=None):
         print(f"{name:>11}{fill(nearest, 2)}")
         panels.append((f"{word}, {name}", nearest))
     return panels
+
+
+def show_who(model, tokenizer, word, n, shown=None):
+    """The n (token, sense) pairs of the vocabulary that raise a word most."""
+    e = model.wte.weight[word_forms(tokenizer, word)[0]]  # (D,)
+    ids = torch.arange(model.config.vocab_size, device=e.device)
+    scores = torch.cat([model.senses(part) @ e for part in ids.split(1024)])  # (V,K)
+    if shown is not None:
+        scores[~shown] = -torch.inf
+    top = scores.flatten().topk(n)
+    pairs = [divmod(i, model.config.n_sense) for i in top.indices.tolist()]
+    bars = [f"{token_text(tokenizer, i)}, sense {l}" for i, l in pairs]
+    bars = list(zip(bars, top.values.tolist()))
+    print("\n".join(f"{score:6.1f}  {name}" for name, score in bars))
+    return [(f"who says {word}", bars)]
 
 
 def show_roles(model, tokenizer, n, shown=None, most=1000):
@@ -332,56 +347,17 @@ def save(figure, path, title):
     print(f"wrote {path}")
 
 
-def page(model, tokenizer, title, words, text, n, limit=5_000_000):
-    """The page of report.html: what words say, and the attribution of a text at each position.
-
-    Words: those asked for, then all tokens in the order in which a BPE learned them, so frequent ones
-    come first, until the page has `limit` bytes.
-    """
-    tokens = [tokenizer.decode([i]) for i in range(model.config.vocab_size)]
-    names = [token_text(tokenizer, i) for i in range(len(tokens))]
-    data = {"title": title, "tokens": names, "words": {}, "asked": words, "text": None}
-    if text:
-        idx = text_ids(model, tokenizer, text, min(64, model.config.block_size))  # (T,)
-        steps = []
-        for i, p in enumerate(model(idx[None])[0][0].softmax(-1), 1):  # p (V,)
-            ids = p.topk(min(n, len(p))).indices.tolist()
-            if i < len(idx) and idx[i].item() not in ids:
-                ids.append(idx[i].item())
-            alpha, parts = attribution(model, idx[:i], model.wte.weight[ids])  # (i,K), (n,i,K)
-            step = {"ids": ids, "p": rounded(p[ids], 4)}
-            step |= {"alpha": rounded(alpha, 3), "parts": rounded(parts, 2)}
-            steps.append(step)
-        data["text"] = {"ids": idx.tolist(), "steps": steps}
-    frequent = [f'"{token}"' for token in tokens if token.strip(" ").isalpha()]
-    size = len(json.dumps(data))
-    for word in dict.fromkeys([*words, *frequent]):
-        high, low = says(model, word_senses(model, tokenizer, word), n)  # (K,n) each
-        entry = [high.indices.tolist(), rounded(high.values, 1), low.indices[:, :3].tolist()]
-        size += len(json.dumps({word: entry}, separators=(",", ":")))
-        if size > limit:
-            break
-        data["words"][word] = entry
-    # HTML reads the data first: without a < nothing in it can end the script or open another
-    data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return read_text(TEMPLATE).replace("/*DATA*/null", data)
-
-
-def rounded(tensor, digits):
-    """A tensor as lists of rounded numbers."""
-    return tensor.double().cpu().numpy().round(digits).tolist()
-
-
 @torch.no_grad()
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
     words, alike = split_words(s.word), split_words(s.similar)
-    views = [name for name in ("word", "similar", "text", "roles") if getattr(s, name)]
+    views = [name for name in ("word", "similar", "who", "text", "roles") if getattr(s, name)]
     if not s.html and len(views) != 1:
-        raise UserError("give one of --word=..., --similar=..., --text=..., --roles; or --html=...")
+        names = "--word=..., --similar=..., --who=..., --text=..., --roles; or --html=..."
+        raise UserError(f"give one of {names}")
     idle = [
         key
-        for key in ("similar", "roles", "sense", "target", "against", "plot")
+        for key in ("similar", "who", "roles", "sense", "target", "against", "plot")
         if s.html and getattr(s, key)
     ]
     if idle:
@@ -403,14 +379,17 @@ def main(argv):
     shown = None if s.pieces else whole_words(tokenizer, V)  # (V,)
     with_edits = f" with {summary(r.edits)}" if r.edits else ""
     if s.html:
-        title = f"{r.path}{with_edits}"
-        write_text(s.html, page(model, tokenizer, title, words, s.text, min(s.top, V)))
+        from lab.page import page
+
+        write_text(s.html, page(r, words, s.text))
         size = Path(s.html).stat().st_size / 1e6
         return print(f"wrote {s.html}, {size:.1f} MB: open it in a browser")
     if s.text:
         title, *parts = show_text(model, tokenizer, s.text, s.target, s.against, min(s.top, V))
         return draw_parts(s.plot, title + with_edits, *parts) if s.plot else None
-    if s.roles:
+    if s.who:
+        title, panels = f"Who says {s.who}?", show_who(model, tokenizer, s.who, s.top, shown)
+    elif s.roles:
         title, panels = (
             "What each sense says of any word",
             show_roles(model, tokenizer, s.top, shown),

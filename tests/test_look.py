@@ -10,10 +10,11 @@ from test_edit import ALL, CHARS, edited, tiny
 
 import train
 from configurator import UserError
-from lab import experiments
+from lab import experiments, page
 from lab import look as tool
+from lab.page import table_page
 from sample import open_run
-from tokenizer import word_ids
+from tokenizer import load_tokenizer, word_ids
 
 DATA = '<script type="application/json" id="data">(.*)</script>'
 PEOPLE = "nurse teacher doctor king".split()
@@ -107,11 +108,13 @@ def test_what_senses_say_and_what_is_like_them():
         want = [y for y in high.indices[sense].tolist() if y % 2 == 0]
         assert some[0].indices[sense].tolist() == want == some[1].indices[sense].tolist()[::-1]
     e = model.wte.weight - model.wte.weight.mean(0)
-    for sense, found in enumerate(tool.coherence(model, high.indices[:, :3])):
-        a, b, c = e[high.indices[sense, :3]]
-        pairs = [(a, b), (a, c), (b, c)]
-        want = sum(x @ y / (x @ x * (y @ y)).sqrt() for x, y in pairs) / 3
-        assert torch.isclose(found, want)
+    names = load_tokenizer({"kind": "char", "chars": "abcdefgh"})
+    names.decode = lambda ids: "abc" if ids[0] % 4 else "a."  # tokens 0 and 4 have too few letters
+    for sense, found in enumerate(tool.coherence(model, names, high.indices[:, :4])):
+        rows = [e[y] for y in high.indices[sense, :4].tolist() if y % 4]
+        pairs = [(x, y) for i, x in enumerate(rows) for y in rows[:i]]
+        want = sum(x @ y / (x @ x * (y @ y)).sqrt() for x, y in pairs) / 6
+        assert torch.isclose(found, torch.as_tensor(want), atol=1e-6)
 
 
 def test_words_have_a_space_before_them_and_quotes_none(bpe_run):
@@ -180,6 +183,7 @@ def test_pictures(look, tmp_path):
         ["--similar=nurse,king", "--sense=1"],
         ["--text=The nurse said", "--against=she"],
         ["--roles"],
+        ["--who=nurse"],
     ):
         assert f"wrote {tmp_path / 'p.png'}" in look(
             *args, f"--plot={tmp_path / 'p.png'}", "--top=3"
@@ -198,16 +202,16 @@ def test_pictures(look, tmp_path):
     assert (tmp_path / "p.svg").read_bytes() == before
 
 
-def test_the_page_needs_nothing_else_and_holds_the_models_numbers(look, bpe_run, tmp_path):
-    look("--word=nurse,xylophone", "--text=The nurse said that", f"--html={tmp_path / 'p.html'}")
-    page = (tmp_path / "p.html").read_text()
-    assert not re.search(r"https?://|<link|src=|@import|url\(", page) and len(page) < 5_000_000
-    data = json.loads(re.search(DATA, page)[1])
+def test_the_table_page_needs_nothing_else_and_holds_the_models_numbers(bpe_run):
+    """What a run gets whose weights are too large for a page with the model in it."""
+    r = open_run(bpe_run, "cpu")
+    html = table_page(r, ["nurse", "xylophone"], "The nurse said that")
+    assert not re.search(r"https?://|<link|src=|@import|url\(", html) and len(html) < 5_000_000
+    data = json.loads(re.search(DATA, html)[1])
     assert (
         list(data["words"])[:2] == data["asked"] == ["nurse", "xylophone"]
         and len(data["words"]) > 50
     )
-    r = open_run(bpe_run, "cpu")
     model, tokenizer = r.model, r.tokenizer
     ids = torch.tensor([tokenizer.encode("The nurse said that")])
     assert data["text"]["ids"] == ids[0].tolist() and len(data["text"]["steps"]) == ids.size(1)
@@ -221,30 +225,37 @@ def test_the_page_needs_nothing_else_and_holds_the_models_numbers(look, bpe_run,
     top, scores, _ = data["words"]["nurse"]
     C = model.senses(torch.tensor(word_ids(tokenizer, "nurse")[0]))
     assert (
-        top == model.logits(C).topk(6).indices.tolist()
+        top == model.logits(C).topk(8).indices.tolist()
         and abs(scores[0][0] - model.logits(C)[0].max()) < 0.051
     )
 
 
-def test_no_word_and_no_name_of_a_run_can_break_the_page(look, bpe_run, tmp_path):
+@pytest.mark.parametrize("limit", [0, page.LIMIT])
+def test_no_word_and_no_name_of_a_run_can_break_a_page(bpe_run, tmp_path, monkeypatch, limit):
     """The data is text of a script without a <, so it neither ends the script nor opens another."""
+    monkeypatch.setattr(page, "LIMIT", limit)  # 0: the page of tables
     word = "<!--<script></SCRIPT><img src=x onerror=alert(1)>&lt;\u2028`${1}"
     run = tmp_path / "<!--<script>"
     shutil.copytree(bpe_run, run)
-    look(
-        f"--run={run}",
-        f"--word={word},__proto__",
-        "--text=a<!--<script>b",
-        f"--html={tmp_path / 'p'}",
-    )
-    page, empty = (path.read_text(encoding="utf-8") for path in (tmp_path / "p", tool.TEMPLATE))
-    found = re.search(DATA, page)[1]
-    assert "<" not in found and "\u2028" not in found
-    assert page.replace(found, "/*DATA*/null") == empty  # all else is the template
+    args = [f"--run={run}", f"--word={word},__proto__", "--text=a<!--<script>b"]
+    tool.main([*args, "--device=cpu", f"--html={tmp_path / 'p'}"])
+    made = (tmp_path / "p").read_text(encoding="utf-8")
+    found = re.search(DATA, made)[1]
     data = json.loads(found)
-    assert data["title"] == str(run) and data["asked"] == [word, "__proto__"]
-    assert {word, "__proto__"} <= data["words"].keys()
-    assert "innerHTML" not in empty and "document.write" not in empty and "eval" not in empty
+    assert "<" not in found and "\u2028" not in found
+    template = (page.FOLDER / ("page.html" if limit else "report.html")).read_text(encoding="utf-8")
+    made = re.sub(r'id="(weights|peaks)">[\w+/=]+', r'id="\1">', made.replace(found, ""))
+    assert made == re.sub(
+        r"/\*(DATA\*/null|WEIGHTS\*/|PEAKS\*/)", "", template
+    )  # all else is the template
+    if limit:
+        assert data["about"].startswith(str(run)) and data["words"] == f"{word},__proto__"
+    else:
+        assert data["title"] == str(run) and data["asked"] == [word, "__proto__"]
+        assert {word, "__proto__"} <= data["words"].keys()
+    assert (
+        "innerHTML" not in template and "document.write" not in template and "eval(" not in template
+    )
 
 
 def test_a_run_of_characters(run_train, capsys):
@@ -257,7 +268,7 @@ def test_a_run_of_characters(run_train, capsys):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ([], "give one of --word=..., --similar=..., --text=..."),
+        ([], "give one of --word=..., --similar=..., --who=..., --text=..."),
         (["--word=a", "--text=b"], "give one of"),
         (["--word=nurse", "--plot=p.xyz"], "plot='p.xyz': expected a .png, .svg or .pdf"),
         (["--word=nurse", "--html=p.html", "--plot=p.png"], "plot has no effect on the page"),
