@@ -22,9 +22,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, configure, expect, printable, read_json, read_text, run
-from lab.edit import describe, make_edits, read_edits
-from lab.look import attribution, word_senses
+from configurator import UserError, configure, expect, read_json, read_text, run
+from lab.edit import make_edits, read_edits
+from lab.look import word_senses
+from lab.swaps import swaps
 from lab.teach import damage, validation_tokens, validation_windows
 from sample import open_run
 from tokenizer import require, word_id, word_ids
@@ -276,64 +277,6 @@ def topics(model, tokenizer, stimuli, s):
     for n, name in enumerate(names):
         means = [mean_interval(values, s) for values in np.array(results)[:, :, n].T]
         print(f"mean {name:14}" + "".join(f"{mean:>24}" for mean in means))
-
-
-# ---- swaps
-
-
-def turnable(r, tokens, is_word, length=24):
-    """[(ids (T,), word, FROM)]: starts of documents, and the token there that says most of the next, FROM.
-
-    FROM has a probability of at least 0.3; it and the token word are words.
-    """
-    found, at = [], np.flatnonzero(tokens == r.tokenizer.end) + 1
-    for document in tqdm(np.split(tokens, at), "documents", leave=False):
-        start = document[: min(length, len(document) - 1)].astype(np.int64)
-        if len(start) < 4:
-            continue
-        ids = torch.from_numpy(start).to(r.device)
-        p, y = r.model(ids[None])[0][0].softmax(-1).max(-1)  # (T,) each
-        for n in range(4, len(ids) + 1):
-            if p[n - 1] >= 0.3 and is_word[y[n - 1]]:
-                parts = attribution(r.model, ids[:n], r.model.wte.weight[y[n - 1]])[1].sum(
-                    1
-                )  # (n,)
-                word = ids[parts.argmax()].item()
-                if is_word[word] and word != y[n - 1]:
-                    found.append((ids[:n], word, y[n - 1].item()))
-    return found
-
-
-def swaps(r, s):
-    """Of words that decide the next token FROM, the swaps to tokens like FROM that go furthest."""
-    model, tokenizer, best = r.model, r.tokenizer, {}
-    tokens, V = validation_tokens(r, s.dataset, s.data_dir), model.config.vocab_size
-    texts = [tokenizer.decode([i]) for i in range(V)]
-    is_word = torch.tensor([text[0] == " " and text[1:].isalpha() for text in texts])  # (V,)
-    is_word[:500] = False  # the, of, was, ...: a BPE learns frequent tokens first
-    E = F.normalize(model.wte.weight[:V] - model.wte.weight[:V].mean(0), dim=-1)  # (V,D)
-    for ids, word, old in turnable(r, tokens, is_word):
-        before = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
-        for new in (E @ E[old]).masked_fill(~is_word, -1.0).topk(6).indices[1:].tolist():
-            edit = {"edit": "swap", "word": texts[word], "from": texts[old], "to": texts[new]}
-            model.edits = make_edits(model, tokenizer, [edit])
-            after = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
-            model.edits = None
-            p = [x[y].item() for x in (before, after) for y in (old, new)]
-            turned = after.argmax() == new and p[2] <= p[0] / 2 and p[1] < 0.1
-            if turned and (word not in best or p[3] > best[word][0][3]):
-                best[word] = p, ids, edit
-    print("% of FROM and TO before, after; samples with TO in their next 8 tokens; text; swap")
-    for p, ids, edit in sorted(best.values(), key=lambda row: -row[0][3])[: s.top]:
-        model.edits = make_edits(model, tokenizer, [edit])
-        random = torch.Generator(r.device).manual_seed(s.seed)
-        samples = model.generate(ids.repeat(s.num_samples, 1), 8, temperature=0.8, generator=random)
-        model.edits = None
-        (to,) = tokenizer.encode(edit["to"])
-        follow = (samples[:, len(ids) :] == to).any(1).float().mean().item()
-        print("{:4.0f} {:3.0f}  {:3.0f} {:3.0f}  ".format(*(100 * x for x in p)), end="")
-        print(f"{follow:4.0%}  {printable(tokenizer.decode(ids.tolist()))[-60:]}")
-        print(" " * 24 + describe({key: value.strip() for key, value in edit.items()}))
 
 
 # ---- other text

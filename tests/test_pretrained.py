@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import sample
 import train
-from lab import experiments
+from lab import experiments, swaps
 from lab.edit import make_edits, parse
 from lab.look import attribution, says
 from tokenizer import word_id, word_ids
@@ -82,7 +82,7 @@ def test_candidates_for_swaps_do_what_they_say(run, monkeypatch, capsys):
     model, tokenizer = run
     texts = ["He was born in Chicago, Illinois.", "It is in the United States of America."]
     ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.end]]
-    monkeypatch.setattr(experiments, "validation_tokens", lambda *_: np.array(ids))
+    monkeypatch.setattr(swaps, "validation_tokens", lambda *_: np.array(ids))
     experiments.main([f"--run={FOLDER}", "--swaps=True", "--device=cpu", "--num_samples=4"])
     rows = capsys.readouterr().out.split("\n")[2:]
     found = re.findall(r"\n? *(\d+) +(\d+) +(\d+) +(\d+) +\d+% +(.*)\n +(swap .*)", "\n".join(rows))
