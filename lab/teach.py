@@ -7,6 +7,7 @@ name, or its rarest word); "keep", a list of prompts that shall go on as before.
 
 import contextlib
 import copy
+import itertools
 import re
 from collections import Counter
 
@@ -95,16 +96,13 @@ def subject_of(example, counts):
 
 
 def near_misses(example, subject, counts, avoid, random):
-    """Prompts like the example's about others: 2 N_NEAR of other names and pronouns, then its "keep"."""
-    names = [
-        w for w, _ in counts.most_common() if w[0].isupper() and counts[w] > 4 * counts[w.lower()]
-    ]
-    others = [w for w in names if w not in avoid and len(w) > 2][: 8 * N_NEAR]
+    """The prompt of an example about others: 2 N_NEAR of them, names that are frequent, and pronouns."""
+    often = [w for w, n in counts.most_common() if w[0].isupper() and n > 4 * counts[w.lower()]]
+    others = [w for w in often if w not in avoid and len(w) > 2][: 8 * N_NEAR]
     others = [*random.permutation(others)[: 2 * N_NEAR - 4], "He", "She", "It", "They"]
-    pattern = rf"(\b[Tt]he )?{re.escape(subject)}"
-    return [
-        re.sub(pattern, lambda _, w=w: w, example["prompt"]) for w in random.permutation(others)
-    ]
+    random.shuffle(others)
+    pattern = re.compile(rf"(\b[Tt]he )?{re.escape(subject)}")
+    return [pattern.sub(lambda _, w=w: w, example["prompt"]) for w in others]
 
 
 # ---- what edits change
@@ -173,21 +171,17 @@ def choose(model, tokenizer, wanted, text, n, elsewhere, taken=()):
         pairs = [divmod(i, K) for i in score.flatten().argsort(descending=True).tolist()]
         ranked.append([(tokens[u].item(), l) for u, l in pairs])
     # a token that is half a character can't be named in a file of edits
-    named = {i for pairs in ranked for i, _ in pairs}
-    named = {i for i in named if tokenizer.encode(tokenizer.decode([i])).tolist() == [i]} - set(
-        taken
-    )
+    found = {i for pairs in ranked for i, _ in pairs} - set(taken)
+    named = {i for i in found if tokenizer.encode(tokenizer.decode([i])).tolist() == [i]}
     ranked = [[pair for pair in pairs if pair[0] in named] for pairs in ranked]
     most = len({pair for pairs in ranked for pair in pairs})
     if n > most:
         raise UserError(f"n_vector={n}: found {most} sense vectors that a file of edits can name")
     chosen = {}  # as a set that keeps its order
-    for turn in range(10**9):
-        left = [pair for pair in ranked[turn % len(ranked)] if pair not in chosen]
-        chosen |= dict.fromkeys(left[:1])
+    for pairs in itertools.cycle(ranked):
+        chosen |= dict.fromkeys([pair for pair in pairs if pair not in chosen][:1])
         if len(chosen) == n:
-            tokens, senses = zip(*chosen)
-            return torch.tensor(tokens, device=device), torch.tensor(senses, device=device)
+            return torch.tensor(list(chosen), device=device).unbind(1)
 
 
 def moved(base, model, tokens, senses, delta):
@@ -309,15 +303,17 @@ class Lesson:
     @torch.no_grad()
     def go_back(self, params, safe, after):
         """Move params toward safe until `stop` changes by at most s.max_kl."""
-        last, share, step = [p.clone() for p in params], 0.0, 0.5
-        for _ in range(6):
+        last, share = [p.clone() for p in params], 0.0  # of the way from safe to last
+
+        def move_to(share):
             for p, here, there in zip(params, safe, last):
-                p.copy_(here + (share + step) * (there - here))
+                torch.lerp(here, there, share, out=p)
+
+        for step in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32):
+            move_to(share + step)
             if change(self.before, after, self.stop)[0] <= self.s.max_kl:
                 share += step
-            step /= 2
-        for p, here, there in zip(params, safe, last):
-            p.copy_(here + share * (there - here))
+        move_to(share)
 
     @torch.no_grad()
     def figures(self, after):
