@@ -298,12 +298,14 @@ def replacing(path):
 
 
 def expect_place(path):
-    """UserError: no file can be written at path. For tools to ask before the work whose result it gets."""
-    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK) or there.is_dir() == (there == Path(path).absolute()):
-        what = "is a folder" if there.is_dir() else "is no folder"
-        what = what if os.access(there, os.W_OK) else "must not be written"
-        raise UserError(f"{path}: {there} {what}: choose another place")
+    """Ask before long work whose result goes to path. UserError: replacing could not write it there."""
+    path = Path(os.path.realpath(path))
+    folder = next(parent for parent in path.parents if parent.exists())
+    what = f"{path} is a folder" if path.is_dir() else f"{folder} is no folder"
+    if folder.is_dir() and not path.is_dir():
+        what = "" if os.access(folder, os.W_OK) else f"{folder} must not be written"
+    if what:
+        raise UserError(f"{what}: choose another place")
 
 
 def write_text(path, text):

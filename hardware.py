@@ -35,9 +35,11 @@ def keep_freed_memory():
 
     glibc gives it back to the system, which then clears each page anew: a fifth of a training step on a CPU.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        for option, most in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, most)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        glibc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
+        # glibc before 2.35 takes no more than 32 MB for the first
+        glibc.mallopt(mmap_threshold, 2**30) or glibc.mallopt(mmap_threshold, 2**25)
+        glibc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def pick_dtype(name, device):

@@ -158,9 +158,7 @@ def main(argv):
 
         edits, model.edits = model.edits, None
         if s.start and not (edits.has_topics or edits.row[idx].any()):
-            print(
-                "note: no edited word stands in --start, so they differ only once one is generated"
-            )
+            print("note: --start has no edited word: samples differ only once one is generated")
         print("=== without edits")
         made += print_samples(s, model, tokenizer, idx, device)
         model.edits = edits

@@ -142,6 +142,9 @@ def run_problems(s, ckpt, init, out):
     if resume and "optimizer" not in ckpt and not s.eval_only:
         hint = f"finetune them with --init_from={out} and another --out_dir"
         problems.append(f"{out} has weights only: {hint}")
+    if resume and ckpt["step"] and bool(s.muon_lr) != ("muon" in ckpt) and "optimizer" in ckpt:
+        trained = "with" if "muon" in ckpt else "without"
+        problems.append(f"muon_lr={s.muon_lr}, but {out} was trained {trained} Muon")
     found = [name for name in RUN_FILES if (out / name).exists() and (out / name).stat().st_size]
     if found and not (resume or s.overwrite or s.eval_only):
         hint = "--init_from=resume goes on with it, " * ("ckpt.pt" in found) + "--overwrite=True"
@@ -398,7 +401,7 @@ def train(s, sources, stop):
     size, n = (batch[0].numel(), len(batch[2][0])), model.num_params()  # tokens, distinct ones
     losses = 2 if s.transformer_share and s.n_sense else 1
     kept = 0 if s.grad_checkpoint else activation_bytes(model, *size, device, dtype, losses)
-    say(f"{n:,} parameters: {16 * n / 1e9:.2f} GB with gradients and AdamW's moments")
+    say(f"{n:,} parameters: {16 * n / 1e9:.2f} GB with gradients and moments")
     say(f"activations: about {kept / 1e9:.2f} GB" if kept else "activations: recomputed")
     say(f"{world} ranks x {accum} micro-batches of {B} x {T} tokens on {device} in {dtype}")
     net = model
@@ -549,7 +552,8 @@ def train(s, sources, stop):
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise diverged(f"loss {loss}, gradient norm {norm}, stopped before the update")
         for optimizer in optimizers.values():
-            scaler.step(optimizer)
+            if math.isfinite(norm):  # else in float16 a gradient is too large: no part is updated
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=world == 1)  # DDP: gradients stay in its buckets
         scaler.update()
         step += 1

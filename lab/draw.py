@@ -25,8 +25,8 @@ def draw_bars(file, title, panels):
     save(figure, file, title)
 
 
-def draw_parts(file, title, parts, names):
-    """Draw parts (T,K) of a logit as a heat map: senses over the tokens read, the parts as numbers."""
+def draw_parts(file, title, parts, names, kind="logit"):
+    """Draw parts (T,K) of a logit, or a difference, as a heat map of numbers: senses over the tokens read."""
     values = parts.T.cpu().numpy()  # (K,T)
     size = max(6, 0.5 * len(names) + 2), 1.8 + 0.26 * len(values)
     figure, axes = pyplot().subplots(figsize=size)
@@ -42,7 +42,6 @@ def draw_parts(file, title, parts, names):
         if abs(value) >= 0.05:  # else it would be +0.0
             color = "white" if abs(value) > 0.6 * most else "black"
             axes.text(j, l, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=color)
-    kind = "difference" if " less that of " in title else "logit"
     figure.colorbar(image, label=f"part of the {kind}")
     save(figure, file, title)
 

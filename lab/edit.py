@@ -66,7 +66,7 @@ class Settings:
     remove: int | None = None  # [1, 1e9] with edits: the number of an edit to remove
     teach: str | None = None  # learn vectors from a file of {"prompt", "good"}, see lab/teach.py
     n_vector: int = 10  # [1, 1e4] with teach: how many to learn
-    enough: float = 0.5  # [0, 1] with teach: end when all good continuations are so probable
+    enough: float = 0.5  # [0, 1] with teach: end when all good ends are at least this probable
     max_kl: float = 0.002  # [0, 100] with teach: ... or before other text changes more, in nats
     kl_weight: float = 1.0  # [0, 1e6] with teach: weight of that change in the loss
     elsewhere: float = 1000.0  # [0, 1e9] with teach: how much use elsewhere speaks against a vector
@@ -242,9 +242,13 @@ def peaks_progress(parts):
 
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    if s.edits:
+    writes = s.edit or s.teach or s.remove is not None
+    if s.edits and writes:
         expect_place(s.edits)
-    edits = read_edits(s.edits) if s.edits and Path(s.edits).exists() else []
+    elif writes:
+        print("nothing is saved without --edits=FILE")
+    is_new = (s.edit or s.teach) and s.edits and not Path(s.edits).exists()
+    edits = [] if is_new else read_edits(s.edits)
     r = open_run(s.run, s.device)
     if s.remove is not None:
         if not 1 <= s.remove <= len(edits):
@@ -257,25 +261,19 @@ def main(argv):
         examples = read_examples(s.teach)
         text = validation_windows(r, s.dataset, s.data_dir, s.n_window)  # (n_window,T+1)
         counts = count_words(r, validation_tokens(r, s.dataset, s.data_dir)[:1_000_000])
-        scaled = [
-            e["word"] for e in edits if e["edit"] == "scale"
-        ]  # what is learned would be scaled
+        # a vector that is learned must not be scaled
+        scaled = [e["word"] for e in edits if e["edit"] == "scale"]
         taken = {i for word in scaled for i in word_forms(r.tokenizer, word)}
         new = teach(r, examples, text, counts, s, taken)
-        places = {
-            (e["word"], e["sense"]) for e in new
-        }  # their vectors start from those of the file
-        edits = [
-            e for e in edits if "vector" not in e or (e["word"], e["sense"]) not in places
-        ] + new
+        edits += new  # the last word on their places; what stood there before may be used by others
+        make_edits(r.model, r.tokenizer, edits, with_topics=False)
     for n, edit in enumerate(edits, 1):
-        adds = f", adds {edit['adds']}" if "adds" in edit else ""
+        adds = f", adds {printable(edit['adds'])}" if "adds" in edit else ""
         print(f"{n:3}  {describe(edit)[:100]}{adds}")
-    if s.edit or s.teach or s.remove is not None:
-        if s.edits:
-            lines = [json.dumps(edit, ensure_ascii=False) for edit in edits]
-            write_text(s.edits, "[" + ",\n ".join(lines) + "]\n")
-        print(f"wrote {s.edits}" if s.edits else "nothing is saved without --edits=FILE")
+    if s.edits and writes:
+        lines = [json.dumps(edit, ensure_ascii=False) for edit in edits]
+        write_text(s.edits, "[" + ",\n ".join(lines) + "]\n")
+        print(f"wrote {s.edits}")
 
 
 if __name__ == "__main__":

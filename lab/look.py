@@ -1,4 +1,4 @@
-"""Look into a Backpack: what senses say, which words have like senses, why it predicts a token.
+"""Look into a Backpack: what senses say, which words have similar senses, why it predicts a token.
 
     python -m lab.look --word=nurse,river                  what each sense says, high and low
     python -m lab.look --word=nurse,river,king --sense=3   one sense of several words, or some: 3,5
@@ -32,7 +32,7 @@ from configurator import (
 from lab.draw import draw_bars, draw_parts, pyplot
 from lab.edit import summary
 from sample import open_run
-from tokenizer import token_text, word_forms, word_ids
+from tokenizer import token_text, word_forms, word_id, word_ids
 
 
 @dataclass
@@ -75,8 +75,8 @@ def says(model, C, n, shown=None):
     shown (V,): True for the tokens to choose from; None: all.
     """
     logits = model.logits(C)  # (...,V)
-    hide = torch.zeros_like(logits[..., :1], dtype=torch.bool) if shown is None else ~shown
-    n = min(n, logits.size(-1) if shown is None else int(shown.sum()))
+    shown = torch.ones(logits.size(-1), dtype=torch.bool) if shown is None else shown
+    hide, n = ~shown.to(logits.device), min(n, int(shown.sum()))
     high, low = (logits.masked_fill(hide, sign * torch.inf) for sign in (-1, 1))
     return high.topk(n), low.topk(n, largest=False)
 
@@ -183,9 +183,10 @@ def show_words(model, tokenizer, words, senses, n, shown=None):
 def show_similar(model, tokenizer, word, senses, n, shown=None):
     """The tokens nearest to a word by each sense, by the mean of all cosines and by the least."""
     cosines = similarity(model, word_senses(model, tokenizer, word))  # (V,K)
-    cosines[word_ids(tokenizer, word)] = -1.0
+    cosines[word_ids(tokenizer, word)] = -torch.inf
     if shown is not None:
-        cosines[~shown] = -1.0
+        cosines[~shown] = -torch.inf
+    n = min(n, int(cosines[:, 0].isfinite().sum()))
     columns = {f"sense {l}": cosines[:, l] for l in senses or range(cosines.size(1))}
     if len(senses) != 1:
         columns |= {"all (mean)": cosines.mean(1), "least": cosines.amin(1)}
@@ -200,12 +201,12 @@ def show_similar(model, tokenizer, word, senses, n, shown=None):
 
 def show_who(model, tokenizer, word, n, shown=None):
     """The n (token, sense) pairs of the vocabulary that raise a word most."""
-    e = model.wte.weight[word_forms(tokenizer, word)[0]]  # (D,)
+    e = model.wte.weight[word_id(tokenizer, word)]  # (D,)
     ids = torch.arange(model.config.vocab_size, device=e.device)
     scores = torch.cat([model.senses(part) @ e for part in ids.split(1024)])  # (V,K)
     if shown is not None:
         scores[~shown] = -torch.inf
-    top = scores.flatten().topk(n)
+    top = scores.flatten().topk(min(n, int(scores.isfinite().sum())))
     pairs = [divmod(i, model.config.n_sense) for i in top.indices.tolist()]
     bars = [f"{token_text(tokenizer, i)}, sense {l}" for i, l in pairs]
     bars = list(zip(bars, top.values.tolist()))
@@ -217,7 +218,9 @@ def show_roles(model, tokenizer, n, shown=None, most=1000):
     """What a sense does whatever the word, over the words a BPE learned first: the frequent ones."""
     V = model.config.vocab_size
     words = [i for i in range(V) if re.fullmatch(" [a-z]{4,}", tokenizer.decode([i]))]
-    idx = torch.tensor(words[:most] or [0], device=model.wte.weight.device)  # (N,)
+    if not words:
+        raise UserError("--roles wants words of four letters or more, and no token here is one")
+    idx = torch.tensor(words[:most], device=model.wte.weight.device)  # (N,)
     tops = [says(model, model.senses(part), 10, shown)[0].indices for part in idx.split(64)]
     top, panels = torch.cat(tops), []  # (N,K,10)
     own = (top == idx[:, None, None]).any(-1).float().mean(0)  # (K,)
@@ -280,24 +283,26 @@ def show_text(model, tokenizer, text, target, against, n):
     grid(100 * alpha[rows], shown)
     print(f"\nparts of the {what}, in tenths")
     grid(10 * parts[rows], shown)
-    return f"{text!r}\n{what}: {parts.sum():+.2f}", parts, names
+    title = f"{text!r}\n{what}: {parts.sum():+.2f}"
+    return title, parts, names, "difference" if against else "logit"
 
 
 @torch.no_grad()
 def main(argv):
-    s, _ = configure(Settings, argv, __doc__)
+    s, sources = configure(Settings, argv, __doc__)
     words, alike = split_words(s.word), split_words(s.similar)
-    views = [name for name in ("word", "similar", "who", "text", "roles") if getattr(s, name)]
-    if not s.html and len(views) != 1:
+    views = {"word": words, "similar": alike, "who": s.who, "text": s.text, "roles": s.roles}
+    asked = [name for name, value in views.items() if value]
+    if not s.html and len(asked) != 1:
         names = "--word=..., --similar=..., --who=..., --text=..., --roles; or --html=..."
         raise UserError(f"give one of {names}")
-    idle = [
-        key
-        for key in ("similar", "who", "roles", "sense", "target", "against", "plot")
-        if s.html and getattr(s, key)
-    ]
-    if idle:
-        raise UserError(f"{idle[0]} has no effect on the page of --html: leave one of them out")
+    here = {"word", "text", "html"} if s.html else {"target", "against", "plot", "top", *asked}
+    here |= {"run", "edits", "edit", "device"}
+    here |= set() if s.html or s.text else {"sense", "pieces"}
+    for key in sources.keys() - here:
+        raise UserError(
+            f"{key} has no effect on {'the page' if s.html else asked[0]}: leave it out"
+        )
     if s.plot and Path(s.plot).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot={s.plot!r}: expected a .png, .svg or .pdf")
     for path in filter(None, (s.plot, s.html)):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError, read_json, read_text
+from configurator import read_json, read_text
 from lab.control import sense_peaks
 from lab.edit import make_edits, peaks_progress, summary
 from lab.look import attribution, says, text_ids, word_senses
@@ -95,18 +95,22 @@ def borne_out(r, tour):
     model, tokenizer = r.model, r.tokenizer
 
     def turned(text, edit):
-        """(FROM is first, then loses half to TO, which is first; whether nothing changed)."""
+        """(FROM is likely, then loses half, and TO is first; whether nothing changed)."""
         change, idx = make_edits(model, tokenizer, [edit]), torch.tensor(tokenizer.encode(text))
         before, after = (next_p(model, idx.to(r.device), edits) for edits in (None, change))
         old, new = (word_ids(tokenizer, edit[key])[0] for key in ("from", "to"))
-        works = before.argmax() == old and after.argmax() == new and after[old] <= before[old] / 2
+        works = before[old] > 0.5 and after.argmax() == new and after[old] <= before[old] / 2
         return works.item(), torch.allclose(before, after, atol=1e-6)
 
     try:
         works = all(turned(text, tour["edit"])[0] for text in [tour["text"], *tour["others"]])
         stays = all(turned(text, tour["edit"])[1] for text in tour["without"])
-        return works and stays and not turned(**tour["fails"])[0]
-    except UserError:  # a word is no token here
+        idx = torch.tensor(tokenizer.encode(tour["text"]), device=r.device)
+        old, word = (word_ids(tokenizer, tour["edit"][key])[0] for key in ("from", "word"))
+        darkest = attribution(model, idx, model.wte.weight[old])[1].flatten().argmax()
+        says_so = idx[darkest // model.config.n_sense] == word
+        return works and stays and says_so.item() and not turned(**tour["fails"])[0]
+    except ValueError:  # a word is no token here, or a text too long
         return False
 
 
@@ -126,7 +130,11 @@ def page(r, words=(), text=""):
     peaks = packed(sense_peaks(model, peaks_progress).cpu().numpy())
     model.edits = None
     tour = read_json(FOLDER / "tour.json", TOUR)
-    tour = tour if borne_out(r, tour) else None
+    if borne_out(r, tour):
+        for part in (tour, tour["fails"]):  # the tokens that the tour shows
+            part["ids"] = [word_ids(tokenizer, part["edit"][key])[0] for key in ("from", "to")]
+    else:
+        tour = None
     model.edits = edits
     text = text or (tour["text"] if tour else tokenizer.decode([model.config.vocab_size // 2]))
     sizes = f"{model.num_params():,} parameters, {model.config.vocab_size:,} tokens"

@@ -1,14 +1,15 @@
-"""Which words' next token a swap can turn, and how far: `python -m lab.experiments --swaps`."""
+"""Words after which a swap changes the next token, and how far: `python -m lab.experiments --swaps`."""
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import printable
+from configurator import UserError, printable
 from lab.edit import describe, make_edits
 from lab.look import attribution
 from lab.teach import validation_tokens
+from tokenizer import word_id
 
 
 def turnable(r, tokens, is_word, length=24):
@@ -16,7 +17,10 @@ def turnable(r, tokens, is_word, length=24):
 
     FROM has a probability of at least 0.3; it and the token word are words.
     """
+    if r.tokenizer.end is None:
+        raise UserError("no token ends the documents of this dataset: --swaps needs one")
     found, at = [], np.flatnonzero(tokens == r.tokenizer.end) + 1
+    length = min(length, r.model.config.block_size)
     for document in tqdm(np.split(tokens, at), "documents", leave=False):
         start = document[: min(length, len(document) - 1)].astype(np.int64)
         if len(start) < 4:
@@ -39,13 +43,15 @@ def swaps(r, s):
     model, tokenizer, best = r.model, r.tokenizer, {}
     tokens, V = validation_tokens(r, s.dataset, s.data_dir), model.config.vocab_size
     texts = [tokenizer.decode([i]) for i in range(V)]
-    is_word = torch.tensor([text[0] == " " and text[1:].isalpha() for text in texts])  # (V,)
+    is_word = [text[0] == " " and text[1:].isalpha() for text in texts]
+    is_word = torch.tensor(is_word, device=r.device)  # (V,)
     is_word[:500] = False  # the, of, was, ...: a BPE learns frequent tokens first
     E = F.normalize(model.wte.weight[:V] - model.wte.weight[:V].mean(0), dim=-1)  # (V,D)
     for ids, word, old in turnable(r, tokens, is_word):
         before = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
         for new in (E @ E[old]).masked_fill(~is_word, -1.0).topk(6).indices[1:].tolist():
-            edit = {"edit": "swap", "word": texts[word], "from": texts[old], "to": texts[new]}
+            names = [texts[i].strip() for i in (word, old, new)]
+            edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2]}
             model.edits = make_edits(model, tokenizer, [edit])
             after = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
             model.edits = None
@@ -59,8 +65,10 @@ def swaps(r, s):
         random = torch.Generator(r.device).manual_seed(s.seed)
         samples = model.generate(ids.repeat(s.num_samples, 1), 8, temperature=0.8, generator=random)
         model.edits = None
-        (to,) = tokenizer.encode(edit["to"])
+        to = word_id(tokenizer, edit["to"])
         follow = (samples[:, len(ids) :] == to).any(1).float().mean().item()
         print("{:4.0f} {:3.0f}  {:3.0f} {:3.0f}  ".format(*(100 * x for x in p)), end="")
         print(f"{follow:4.0%}  {printable(tokenizer.decode(ids.tolist()))[-60:]}")
-        print(" " * 24 + describe({key: value.strip() for key, value in edit.items()}))
+        print(" " * 24 + describe(edit))
+    if not best:
+        print("none: no swap of a word made another token the likeliest here")

@@ -16,12 +16,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, read_jsonl
+from configurator import UserError, printable, read_jsonl
 from lab.control import Edits
 from tokenizer import token_text
 from train import get_batch, load_data
 
 PREFER = 10  # how many times more a vector of the subject's own tokens counts, in choosing
+PRONOUNS = ("He", "She", "It", "They")
 N_NEAR = 8  # near misses of an example that training sees, and as many that it doesn't
 
 
@@ -41,7 +42,8 @@ def read_examples(path):
                 "found an empty text, expected a prompt and good, and what else is there not empty"
             )
             raise UserError(f"{path}, example {n}: {what}")
-        if subject not in example["prompt"]:
+        whole = rf"(?<!\w){re.escape(subject)}(?!\w)"
+        if subject and not re.search(whole, example["prompt"]):
             what = f"found subject {subject[:40]!r}, expected words of its prompt"
             raise UserError(f"{path}, example {n}: {what}")
     if not examples:
@@ -66,12 +68,16 @@ def validation_tokens(r, dataset, data_dir):
     _, tokens, meta = load_data(data_dir, dataset)
     if meta["tokenizer"] != r.ckpt["meta"]["tokenizer"]:
         raise UserError(f"{dataset} has another vocabulary than {r.path}")
+    if tokens.max() >= r.model.config.vocab_size:
+        what = f"outside a vocabulary of {r.model.config.vocab_size}"
+        raise UserError(f"{tokens.filename} has token id {tokens.max()}, {what}")
     return tokens
 
 
 def validation_windows(r, dataset, data_dir, n):
-    """n windows of T + 1 tokens (n,T+1), evenly spaced over the validation tokens of a dataset."""
+    """At most n windows of T + 1 tokens (n,T+1), apart, over the validation tokens of a dataset."""
     tokens, T = validation_tokens(r, dataset, data_dir), r.model.config.block_size
+    n = min(n, max(4, (len(tokens) - 1) // T))  # four have to be: to learn from, to stop, to report
     if len(tokens) <= T:
         raise UserError(f"the dataset has {len(tokens)} tokens for validation: expected {T + 1}")
     starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)
@@ -79,30 +85,37 @@ def validation_windows(r, dataset, data_dir, n):
     return torch.cat([x, y[:, -1:]], 1)
 
 
+def is_name(word, counts):
+    """Whether a word is a name: capitalised much more often than not, and no pronoun."""
+    often = counts[word] >= 4 * counts[word.lower()]
+    return word[0].isupper() and word not in PRONOUNS and often
+
+
 def subject_of(example, counts):
     """What an example is about: its "subject", else the first name in its prompt, else its rarest word.
 
-    counts: how often each word stands in other text. A name is capitalised more often there than not.
+    counts: how often each word stands in other text.
     """
     if example.get("subject"):
         return example["subject"]
     words = list(re.finditer(r"\w+", example["prompt"]))
-    is_name = [w[0][0].isupper() and counts[w[0]] >= counts[w[0].lower()] for w in words]
-    if True in is_name:
-        first = is_name.index(True)
-        beyond = [*is_name, False].index(False, first)  # names in a row are one
+    names = [is_name(word[0], counts) for word in words]
+    if True in names:
+        first = names.index(True)
+        beyond = [*names, False].index(False, first)  # names in a row are one
         return example["prompt"][words[first].start() : words[beyond - 1].end()]
-    return min((w[0] for w in words), key=counts.get, default=example["prompt"])
+    return min((w[0] for w in words), key=counts.__getitem__, default=example["prompt"])
 
 
 def near_misses(example, subject, counts, avoid, random):
     """The prompt of an example about others: 2 N_NEAR of them, names that are frequent, and pronouns."""
-    often = [w for w, n in counts.most_common() if w[0].isupper() and n > 4 * counts[w.lower()]]
-    others = [w for w in often if w not in avoid and len(w) > 2][: 8 * N_NEAR]
-    others = [*random.permutation(others)[: 2 * N_NEAR - 4], "He", "She", "It", "They"]
+    names = [w for w, _ in counts.most_common() if is_name(w, counts) and w not in avoid]
+    names = [w for w in names if len(w) > 2][: 8 * N_NEAR]
+    others = [*random.permutation(names)[: 2 * N_NEAR - len(PRONOUNS)], *PRONOUNS]
     random.shuffle(others)
-    pattern = re.compile(rf"(\b[Tt]he )?{re.escape(subject)}")
-    return [pattern.sub(lambda _, w=w: w, example["prompt"]) for w in others]
+    pattern = re.compile(rf"(?:\b[Tt]he )?(?<!\w){re.escape(subject)}(?!\w)")
+    prompts = [pattern.sub(lambda _, w=w: w, example["prompt"]) for w in others]
+    return [prompt for prompt in prompts if prompt != example["prompt"]]
 
 
 # ---- what edits change
@@ -205,8 +218,11 @@ def moved(base, model, tokens, senses, delta):
 def encode_example(model, tokenizer, prompt, end, path):
     """(ids (T,) of prompt and end, index of the end's first token). UserError: they are too long."""
     space = "" if not end or prompt[-1].isspace() or end[0].isspace() else " "
-    start = tokenizer.encode(prompt).tolist()
-    ids = start + tokenizer.encode(space + end).tolist()
+    try:
+        start = tokenizer.encode(prompt).tolist()
+        ids = start + tokenizer.encode(space + end).tolist()
+    except UserError as error:  # a character that the vocabulary lacks
+        raise UserError(f"{path}: {prompt[:40]!r}: {error}") from None
     most = model.config.block_size
     if len(ids) > most:
         raise UserError(
@@ -307,7 +323,7 @@ class Lesson:
 
         def move_to(share):
             for p, here, there in zip(params, safe, last):
-                torch.lerp(here, there, share, out=p)
+                p.copy_(torch.lerp(here, there, share) if share else here)  # there may be nan
 
         for step in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32):
             move_to(share + step)
@@ -319,7 +335,8 @@ class Lesson:
     def figures(self, after):
         """{what is measured: its value, as text} on the examples, near misses and unseen text."""
         p = [self.said(after, good).exp().item() for good in self.goods]
-        rows = {f"p({e['good']}) after {e['prompt']}": f"{x:.1%}" for e, x in zip(self.examples, p)}
+        texts = [printable(f"p({e['good']}) after {e['prompt']}") for e in self.examples]
+        rows = {text: f"{x:.1%}" for text, x in zip(texts, p)}
         if near := self.near[1::2]:
             kls = [self.near_kl(after, one).item() for one in near]
             p = [self.said(after, one).exp().item() for one in near]
@@ -339,8 +356,9 @@ def teach(r, examples, text, counts, s, taken=()):
     """
     model, tokenizer = r.model, r.tokenizer
     lesson = Lesson(r, examples, text, counts, s)
+    spaces = ("",) if tokenizer.end is None else ("", " ")
     about = [
-        {i for space in ("", " ") for i in tokenizer.encode(space + subject).tolist()}
+        {i for space in spaces for i in tokenizer.encode(space + subject).tolist()}
         for subject in lesson.subjects
     ]
     wanted = [(*good, list(own)) for good, own in zip(lesson.goods, about)]

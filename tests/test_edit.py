@@ -232,27 +232,35 @@ def test_damage_is_the_definition():
     assert model.edits is None
 
 
-COUNTS = Counter(
-    {"the": 50, "The": 9, "Paris": 8, "Rome": 9, "capital": 5, "flows": 1, "He": 6, "he": 9}
-)
+COUNTS = {"the": 50, "The": 9, "Paris": 8, "Rome": 9, "capital": 5, "flows": 1, "He": 9, "he": 6}
+COUNTS = Counter(COUNTS)
 
 
 @pytest.mark.parametrize(
-    "example, subject",
+    "prompt, subject, given",
     [
-        ({"prompt": "The capital of Paris is"}, "Paris"),
-        ({"prompt": "The New York of Rome"}, "New York"),  # never seen, but never in lower case
-        ({"prompt": "he flows the"}, "flows"),  # no name: the rarest word
-        ({"prompt": "The capital of Paris is", "subject": "capital of Paris"}, "capital of Paris"),
+        ("The capital of Paris is", "Paris", None),
+        ("The New York of Rome", "New York", None),  # never seen, so never in lower case
+        ("He was born in Paris,", "Paris", None),  # a pronoun is no name, though often capitalised
+        ("he flows the", "flows", None),  # no name: the rarest word
+        ("he xyzzy flows", "xyzzy", None),
+        ("The capital of Paris is", "capital of Paris", "capital of Paris"),
     ],
 )
-def test_what_an_example_is_about(example, subject):
+def test_what_an_example_is_about(prompt, subject, given):
+    example = {"prompt": prompt, "subject": given}
     assert subject_of(example, COUNTS) == subject
     near = near_misses(example, subject, COUNTS, {"Paris", "Rome"}, np.random.default_rng(0))
     assert len(near) == len(set(near)) == 4  # pronouns: the names are to be avoided
-    assert all(subject not in prompt for prompt in near)
-    rest = example["prompt"].partition(subject)[2]
-    assert any(prompt.endswith(f"She{rest}") for prompt in near)
+    assert all(subject not in text for text in near)
+    assert any(text.endswith(f"She{prompt.partition(subject)[2]}") for text in near)
+
+
+def test_near_misses_are_of_whole_words_and_never_the_prompt():
+    random = np.random.default_rng(0)
+    near = near_misses({"prompt": "The Parisian Paris is"}, "Paris", COUNTS, {"Paris"}, random)
+    assert "The Parisian Rome is" in near and all("Parisian" in text for text in near)
+    assert "He flows" not in near_misses({"prompt": "He flows"}, "He", COUNTS, set(), random)
 
 
 def test_vectors_are_those_of_the_subject_and_their_effect_is_added():
@@ -291,7 +299,7 @@ def test_teaching(run_train, data_dir, tmp_path, capsys):
     out, file = run_train("--max_iters=60", "--n_embd=32"), tmp_path / "e.json"
     (tmp_path / "x.jsonl").write_text(
         '{"prompt": "words ", "good": "z", "bad": "a", "keep": ["has "]}\n\n'
-        '{"prompt": "line", "good": "y", "subject": "ne"}\n'
+        '{"prompt": "line", "good": "y", "subject": "line"}\n'
     )
     args = [f"--run={out}", f"--data_dir={data_dir}", "--device=cpu", f"--edits={file}"]
     args += [f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=6", "--n_window=16", "--max_kl=9"]
@@ -313,10 +321,9 @@ def test_teaching(run_train, data_dir, tmp_path, capsys):
     model.edits = change
     differ = (model.senses(torch.arange(model.config.vocab_size)) != before).any(-1)
     assert differ.sum() == 6
-    lab.edit.main([*args, "--enough=0.6"])  # goes on from the file's vectors, one of each place
+    lab.edit.main([*args, "--enough=0.6"])  # goes on from the edits of the file, which stay
     again = read_edits(file)
-    places = [(edit["word"], edit["sense"]) for edit in again[1:]]
-    assert again[0]["edit"] == "scale" and len(places) == len(set(places)) < 12
+    assert again[:7] == found and len(again) == 13
     change = make_edits(model, tokenizer, again)
     assert log_p(model, ids, change)[0, -1, z].exp() > max(0.55, q)
     file.unlink()
@@ -359,10 +366,12 @@ def test_files_of_edits(run_train, tmp_path, capsys):
     lab.edit.main([*args, "--remove=2"])
     listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w"]
     assert capsys.readouterr().out.split("\n") == [*listed, f"wrote {file}", ""]
+    with pytest.raises(UserError, match="nothing.json: No such file"):
+        lab.edit.main([*args, f"--edits={tmp_path / 'nothing.json'}"])
     lab.edit.main(args)  # a topic is listed, not computed
     lab.edit.main([*args[:1], "--edit=scale z 1 0.5"])
     said = capsys.readouterr().out.split("\n")
-    assert said == [*listed, "  1  scale z 1 0.5", "nothing is saved without --edits=FILE", ""]
+    assert said == [*listed, "nothing is saved without --edits=FILE", "  1  scale z 1 0.5", ""]
     assert [edit["edit"] for edit in read_edits(file)] == ["scale", "swap"]
     before = file.read_bytes()
     with pytest.raises(UserError, match="remove=7: found 2 edits"):

@@ -21,7 +21,7 @@ def test_orthogonal_keeps_directions_and_evens_singular_values(shape):
 
 
 def test_steps_are_those_of_torch():
-    """torch rounds to bfloat16, so updates agree to a few thousandths."""
+    """torch rounds to bfloat16, so updates agree to a few hundredths."""
     torch.manual_seed(0)
     mine = [torch.randn(shape, requires_grad=True) for shape in SHAPES * 2]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
