@@ -265,7 +265,7 @@ class Backpack(nn.Module):
     """The Backpack; with n_sense=0 the Transformer LM inside it, alone.
 
     model.edits is None or an object that changes senses wherever they are used and leaves the weights
-    alone: it has .senses(ids, C), .has_topics and .topic_factor(...) of alpha; see lab/control.py.
+    alone: it has .senses(ids, C), .has_topics and .reweigh(alpha, ...); see lab/control.py.
     """
 
     def __init__(self, config):
@@ -378,7 +378,7 @@ class Backpack(nn.Module):
             C = C.unflatten(2, (self.config.n_sense, -1))  # (B,S,K,D)
         alpha = contextualize(q, k, mask)  # (B,K,T,S)
         if topics:
-            alpha = alpha * self.edits.topic_factor(self.wte, idx, C, mask, cache)
+            alpha = self.edits.reweigh(alpha, self.wte, idx, C, mask, cache)
         return weigh(alpha, C)
 
     def contextualization(self, idx, attention_mask=None):
@@ -386,7 +386,7 @@ class Backpack(nn.Module):
         h, mask = self.hidden(idx, attention_mask)
         alpha = contextualize(*self.query_key(h), mask)
         if self.edits is not None and self.edits.has_topics:
-            alpha = alpha * self.edits.topic_factor(self.wte, idx, self.senses(idx), mask)
+            alpha = self.edits.reweigh(alpha, self.wte, idx, self.senses(idx), mask)
         return alpha
 
     def remat(self, function, *args):

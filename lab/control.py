@@ -10,8 +10,11 @@ from torch import nn
 
 # The scores of all senses of all tokens are split at these quantiles, and a topic of strength 1, 2
 # or 3 multiplies the weight of a sense by the factor of its part (appendix D).
+# Strength 4 is ours, for small models, which else repeat themselves: a few senses get much more weight and
+# all others less, as the weights of a position keep their sum; nothing anneals.
 QUANTILES = (0.95, 0.8, 0.6)
-STRENGTHS = {1: (1.5, 1.5, 1.3, 1.0), 2: (2.2, 2.2, 1.5, 1.0), 3: (3.3, 3.3, 3.0, 1.0)}
+STRENGTHS = {1: (1.5, 1.5, 1.3), 2: (2.2, 2.2, 1.5), 3: (3.3, 3.3, 3.0)}
+FOCUS_QUANTILE, FOCUS = 0.99, 12.0
 
 
 class Edits(nn.Module):
@@ -23,6 +26,8 @@ class Edits(nn.Module):
     text up to i says what sense l of x_j would say (appendix D, as in the authors' code):
 
         a = sum over t <= i of relu(E_{x_t} . C'(x_j)_l)      b = sigmoid(6 - f a) (1 + j/100)
+
+    Where an f is 0, b is 1, and alpha is divided so that its sum over l and j stays K (strength 4).
     """
 
     def __init__(self, row, scale, offset, w, f):
@@ -42,8 +47,8 @@ class Edits(nn.Module):
         row = self.row[ids]  # (...)
         return (self.scale[row][..., None] * C + self.offset[row]).to(C.dtype)
 
-    def topic_factor(self, wte, idx, C, mask=None, cache=None):
-        """What topics multiply alpha by: (B,K,T,S).
+    def reweigh(self, alpha, wte, idx, C, mask=None, cache=None):
+        """alpha (B,K,T,S) as topics change it.
 
         wte: the token embedding; idx (B,T): tokens of the queries; C (B,S,K,D): edited senses of
         the keys; mask (B,1,T,S): False at padding; cache: of the positions before idx.
@@ -63,11 +68,13 @@ class Edits(nn.Module):
             said = said + before[:, :, None]  # (B,K,T,S)
             before.copy_(said[:, :, -1])
         later = 1 + (real.cumsum(1) - 1).to(C.dtype) / 100  # (B,S)
-        total = 1.0
+        changed = alpha
         for w, f in zip(self.w, self.f):
             b = torch.sigmoid(6 - f * said) * later[:, None, None]  # (B,K,T,S)
-            total = total * (b * w[ids].mT[:, :, None] + 1 - b)
-        return total
+            b = torch.where(f == 0, 1.0, b)
+            changed = changed * (b * w[ids].mT[:, :, None] + 1 - b)
+        kept = alpha.sum((1, 3), keepdim=True) / changed.sum((1, 3), keepdim=True)  # (B,1,T,1)
+        return changed * torch.where((self.f == 0).any(), kept, 1.0)
 
 
 def swapped(C, E_from, E_to):
@@ -79,6 +86,13 @@ def swapped(C, E_from, E_to):
     phi = E_to.square().sum() / E_from.square().sum()
     share = (C @ E_from / E_from.square().sum())[..., None]  # (...,1)
     return C + share * (E_to / phi - E_from)
+
+
+def parts_of(strength):
+    """(quantiles of the scores, the factor of the weights above each) of a topic's strength."""
+    return (
+        (QUANTILES, STRENGTHS[strength]) if strength in STRENGTHS else ((FOCUS_QUANTILE,), (FOCUS,))
+    )
 
 
 @lru_cache(1)
@@ -106,8 +120,7 @@ def topic_weights(model, bag, strength, peaks, end=None):
     scores = torch.cat([model.own_senses(part) @ b for part in ids.split(1024)]) / peaks  # (V,K)
     if end is not None:
         scores[end] = 0.0
-    *factors, rest = STRENGTHS[strength]
-    w = torch.full_like(scores, rest)  # (V,K)
-    for factor, quantile in sorted(zip(factors, QUANTILES), key=lambda pair: pair[1]):
+    w = torch.ones_like(scores)  # (V,K)
+    for quantile, factor in sorted(zip(*parts_of(strength))):
         w[scores >= scores.flatten().quantile(quantile)] = factor
     return w

@@ -8,7 +8,8 @@
 
     scale WORD SENSE FACTOR           multiplies the weight of a sense (or "all") of WORD (paper, 6.2)
     swap WORD: FROM -> TO             what the senses of WORD say of FROM, they say of TO (6.3)
-    topic WORD[,WORD...] STRENGTH     gives more weight to senses that say these words: 1 to 3 (6.1)
+    topic WORD[,WORD...] STRENGTH     gives more weight to senses that say these words: 1 to 3 (6.1),
+                                      or 4 (ours): to few senses, and less to all others
     replace WORD SENSE by WORD SENSE  replaces one sense by another; in a file also by a "vector"
 
 A WORD is one token and gets a space before it; a Name is edited without one, too, as at the start of a
@@ -114,8 +115,8 @@ def expect_edit(edit, where):
     expect(edit, shape, where)
     if name == "scale" and edit["factor"] < 0:
         raise UserError(f"{where}, factor: found {edit['factor']}, expected 0 or more")
-    if name == "topic" and edit["strength"] not in STRENGTHS:
-        raise UserError(f"{where}, strength: found {edit['strength']}, expected 1, 2 or 3")
+    if name == "topic" and edit["strength"] not in (1, 2, 3, 4):
+        raise UserError(f"{where}, strength: found {edit['strength']}, expected 1, 2, 3 or 4")
     return edit
 
 
@@ -224,7 +225,7 @@ def make_edits(model, tokenizer, edits, with_topics=True):
             if with_topics:
                 peaks = sense_peaks(model, peaks_progress)
                 w.append(topic_weights(model, bag, strength, peaks, tokenizer.end)[None])
-                f.append(max(STRENGTHS[strength]) / 7.5)
+                f.append(max(STRENGTHS[strength]) / 7.5 if strength in STRENGTHS else 0.0)
     row = torch.zeros(V, dtype=torch.long, device=E.device)
     row[list(scale)] = torch.arange(1, len(scale) + 1, device=E.device)
     return Edits(

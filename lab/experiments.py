@@ -255,11 +255,11 @@ def topics(model, tokenizer, stimuli, s):
         perplexity = model(ids[:, :-1], ids[:, 1:])[1].exp().item()
         return 100 * np.mean(hits), 100 * close.float().mean().item(), 100 * distinct, perplexity
 
-    print(f"{s.num_samples} texts of {length} tokens each, for strengths 0 to 3")
+    print(f"{s.num_samples} texts of {length} tokens each, for strengths 0 to 4")
     print("bag: texts with a word of the topic; near: with one of the 20 tokens nearest to it")
     print("distinct-2: distinct pairs of tokens; perplexity: under the model without edits")
     names = "bag, %", "near, %", "distinct-2, %", "perplexity"
-    print(f"{'topic':24}" + "".join(f"{name:>24}" for name in names))
+    print(f"{'topic':24}" + "".join(f"{name:>30}" for name in names))
     plain, results = texts(None), []  # results: [topic][strength][figure]
     for topic, bag in tqdm(stimuli["topics"].items(), "topics", leave=False):
         first = [word_ids(tokenizer, word)[0] for word in bag]
@@ -267,7 +267,7 @@ def topics(model, tokenizer, stimuli, s):
         near = [i for i in order[:1000] if i not in first]
         near = [i for i in near if not any(w in tokenizer.decode([i]).lower() for w in bag)]
         rows = []
-        for strength in range(4):
+        for strength in range(5):
             edit = {"edit": "topic", "words": ",".join(bag), "strength": strength}
             ids = texts(make_edits(model, tokenizer, [edit])) if strength else plain
             rows.append(measure(ids, bag, near[:20]))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from configurator import read_json, read_text
-from lab.control import sense_peaks
+from lab.control import parts_of, sense_peaks
 from lab.edit import make_edits, peaks_progress, summary
 from lab.look import attribution, says, text_ids, word_senses
 from tokenizer import byte_characters, token_text, word_ids
@@ -145,6 +145,9 @@ def page(r, words=(), text=""):
         "kind": tokenizer.spec["kind"],
     }
     data |= {"tokens": token_names(tokenizer), "end": tokenizer.end, "words": ",".join(words)}
+    data |= {
+        "strengths": {n: dict(zip(("quantiles", "factors"), parts_of(n))) for n in (1, 2, 3, 4)}
+    }
     data |= {"first": {"text": text, "edits": r.edits, "look": first_look(r, text)}}
     html = (
         read_text(FOLDER / "page.html").replace("/*WEIGHTS*/", weights).replace("/*PEAKS*/", peaks)

@@ -148,6 +148,22 @@ def annealed(model, ids):
 
 
 @torch.no_grad()
+def test_focus_keeps_the_sum_of_the_weights():
+    """Strength 4: the highest hundredth of senses gets more weight, all others so much less."""
+    model, idx = tiny(), torch.tensor([[0, 3, 1, 5, 0, 7]])
+    alpha = model.contextualization(idx)[0]
+    w = edited(model, "topic d,e 4; topic a 4").edits.w  # (2,V,K)
+    assert set(w.unique().tolist()) == {1.0, 12.0} and (w == 12).flatten(1).sum(1).tolist() == [
+        1,
+        1,
+    ]
+    want = alpha * (w[0] * w[1])[idx[0]].T[:, None]
+    for i in range(6):
+        want[:, i] *= 4 / want[:, i].sum()
+    assert torch.allclose(model.contextualization(idx)[0], want)
+
+
+@torch.no_grad()
 def test_annealing_is_the_papers_and_the_sum_has_it():
     model, ids = edited(tiny(), ALL), [0, 3, 1, 5, 0, 7]
     f, model.edits.f = model.edits.f, model.edits.f[:0]
@@ -417,7 +433,7 @@ def test_samples_without_and_with_edits(run_train, capsys):
         ),
         ("scale ab 1 0", "scale ab 1 0: 'ab' is 2 tokens here, a b: this needs a word of"),
         ("scale x 1 0", "character 'x' is not among"),
-        ("topic a 4", "strength: found 4, expected 1, 2 or 3"),
+        ("topic a 5", "strength: found 5, expected 1, 2, 3 or 4"),
         ("topic a all", "strength: found 'all', expected a number"),
         ("topic a, 2", "'' is not a word"),
         ("replace a 0 by b 9", "found by_sense 9, expected 0 to 3"),
@@ -454,7 +470,7 @@ def of_file(**changes):
         (of_file(factor=1).replace("1}", "1e999}"), "factor: found inf, expected a number"),
         (of_file(factor=10**400), "expected a number"),
         (of_file(factor=-1), "edit 1, factor: found -1, expected 0 or more"),
-        (of_file(edit="topic", words="a", strength=7), "strength: found 7, expected 1, 2 or 3"),
+        (of_file(edit="topic", words="a", strength=7), "strength: found 7, expected 1, 2, 3 or 4"),
         (of_file(edit="replace", by_sense=1), "expected 'by' in it"),
         ('[{"edit": "replace", "word": "a", "vector": []}]', "expected 'sense' in it"),
         (of_file(vector="ab"), "edit 1, vector: found 'ab', expected a list"),

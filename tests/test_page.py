@@ -27,6 +27,7 @@ EDITS = [
     "scale the 3 0; scale of all 0.5; scale in 2 2.5",
     "replace the 3 by river 9; replace of 0 by the 1",
     "topic music 3",
+    "topic music 4",
     "swap the: of -> in; scale the 4 2; topic river,sea 2; replace in 1 by the 2; scale in 1 0.3",
 ]
 ODD = list("abcXYZ éü ñ\n\t  '’s.,!?😀👩‍👩‍👧日本語0123½Ⅷ\u0301\u00a0\u3000\ufeff\u0085\u2028ß") + [
