@@ -1,7 +1,5 @@
 """The machine: choice of a device and a number type, and what a network costs there in FLOPs and memory."""
 
-import contextlib
-import ctypes
 import re
 import sys
 from pathlib import Path
@@ -28,18 +26,6 @@ def pick_device(name):
         raise UserError(f"device={name!r}: this machine has no such device; {hint}")
     # with an index, which torch.cuda.set_device needs
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
-
-
-def keep_freed_memory():
-    """Let the C library keep what large tensors have freed, for those of the next step.
-
-    glibc gives it back to the system, which then clears each page anew: a fifth of a training step on a CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        glibc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
-        # glibc before 2.35 takes no more than 32 MB for the first
-        glibc.mallopt(mmap_threshold, 2**30) or glibc.mallopt(mmap_threshold, 2**25)
-        glibc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def pick_dtype(name, device):

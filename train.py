@@ -330,8 +330,6 @@ def train(s, sources, stop):
     if problems:
         title = [f"{len(problems)} problems"] if len(problems) > 1 else []
         raise UserError("\n- ".join(title + problems))
-    if device.type == "cpu":
-        hardware.keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

@@ -128,7 +128,7 @@ BUILT_IN = {  # name: (source, tokenizer, vocab_size)
     "shakespeare_char": (plays, "char", None),
     "shakespeare": (plays, "bpe", 4096),
     "tinyshakespeare_char": (tinyshakespeare, "char", None),
-    "simplewiki": (hub("wikimedia/wikipedia", "20231101.simple", 0.01), "bpe", 8192),
+    "simplewiki": (hub("wikimedia/wikipedia", "20231101.simple", 0.01), "bpe", 16384),
     "openwebtext": (hub("Skylion007/openwebtext"), "gpt2", None),
     "fineweb_edu": (hub("HuggingFaceFW/fineweb-edu", "sample-10BT"), "gpt2", None),
 }

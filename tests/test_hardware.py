@@ -3,14 +3,12 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines, records
+from conftest import lines, records
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -200,33 +198,3 @@ def test_one_graph_for_any_number_of_distinct_tokens():
             loss.backward()
     assert counter.frame_count == 1
     assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
-def test_freed_memory_is_kept():
-    """Large tensors of a second step come from pages that the first one had; without it from new ones."""
-    script = """if True:
-        import resource, sys
-        import torch
-        import hardware
-        if sys.argv[1:]:
-            hardware.keep_freed_memory()
-        def step():
-            return torch.ones(2**23).add(1).mul(2).sum()
-        for _ in range(5):
-            step()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    """
-    faults = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", script, *args], capture_output=True, text=True, cwd=ROOT
-            ).stdout
-        )
-        for args in ([], ["keep"])
-    ]
-    if faults[0] < 1000:
-        pytest.skip("the C library of this machine is not glibc")
-    assert faults[1] < faults[0] / 2
