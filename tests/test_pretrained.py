@@ -12,6 +12,7 @@ import train
 from lab import experiments, swaps
 from lab.edit import make_edits, parse
 from lab.look import attribution, says
+from model import load_checkpoint
 from tokenizer import word_id, word_ids
 
 FOLDER = ROOT / "pretrained/simplewiki"
@@ -24,7 +25,9 @@ def run():
 
 
 def test_it_samples_and_is_small(capsys):
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 10e6
+    weights = load_checkpoint(FOLDER)["model"].values()
+    assert sum(p.nbytes for p in weights) < 10e6 and {p.dtype for p in weights} == {torch.float16}
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 11e6
     sample.main(
         [
             f"--run={FOLDER}",
