@@ -32,7 +32,7 @@ import configurator
 import prepare_data
 import sample
 import train
-from lab import bench, convert, edit, experiments, look
+from lab import bench, convert, edit, experiments, look, page
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 each_time = {"deadline": None, "database": None, "suppress_health_check": slow}
@@ -955,7 +955,7 @@ INSIDE = {
     "look.py": (look, "says"),
     "look.py, similar": (look, "similarity"),
     "look.py, text": (look, "attribution"),
-    "look.py, page": (look, "rounded"),
+    "look.py, page": (page, "rounded"),
     "edit.py": (edit, "swapped"),
     "edit.py, teach": (edit, "teach"),
     "experiments.py": (experiments, "topics"),

@@ -129,9 +129,9 @@ def test_the_engine_is_the_model(built, tmp_path):
     model, tokenizer = r.model, r.tokenizer
     strings = ["".join(rng.choice(ODD, size=rng.integers(1, 30))) for _ in range(1000)]
     strings += [" ".join(rng.choice(WORDS, size=rng.integers(1, 12))) + "." for _ in range(1000)]
-    texts, want = cases_of(model, tokenizer, strings, EDITS, int(os.environ.get("PAGE_TEXTS", 60)))
+    texts, want = cases_of(model, tokenizer, strings, EDITS, int(os.environ.get("PAGE_TEXTS", 35)))
     prompts = [tokenizer.encode(text).tolist() for text in ("The river is", "He was born in", "\n")]
-    cases = {"strings": strings, "texts": texts, "prompts": prompts, "length": 40, "who": "river"}
+    cases = {"strings": strings, "texts": texts, "prompts": prompts, "length": 25, "who": "river"}
     found = in_node(built, cases, tmp_path)
     assert_same(model, tokenizer, found, cases, want)
     E, ids = model.wte.weight, torch.arange(model.config.vocab_size)

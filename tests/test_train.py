@@ -73,7 +73,7 @@ def test_a_run_learns_and_leaves_its_folder(run_train, capsys):
     )
     assert (
         "parameters, 0.00 GB with gradients\n" not in printed
-        and "with gradients and AdamW" in printed
+        and "with gradients and moments" in printed
         and "max_iters = 40  (command line)" in printed
     )
 
