@@ -60,9 +60,14 @@ const lab = new Function(script("engine") + script("worker") +
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def shipped():
+    return sample.open_run(RUN, "cpu")
+
+
+@pytest.fixture(scope="module")
+def built(shipped, tmp_path_factory):
     file = tmp_path_factory.mktemp("page") / "page.html"
-    look.main([f"--run={RUN}", f"--html={file}", "--device=cpu"])
+    file.write_text(page.page(shipped))
     return file
 
 
@@ -123,10 +128,9 @@ def assert_same(model, tokenizer, found, cases, want):
 
 
 @torch.no_grad()
-def test_the_engine_is_the_model(built, tmp_path):
+def test_the_engine_is_the_model(shipped, built, tmp_path):
     """Logits, tokens, greedy continuations, who says a word, and the first picture."""
-    r, rng = sample.open_run(RUN, "cpu"), np.random.default_rng(0)
-    model, tokenizer = r.model, r.tokenizer
+    model, tokenizer, rng = shipped.model, shipped.tokenizer, np.random.default_rng(0)
     strings = ["".join(rng.choice(ODD, size=rng.integers(1, 30))) for _ in range(1000)]
     strings += [" ".join(rng.choice(WORDS, size=rng.integers(1, 12))) + "." for _ in range(1000)]
     texts, want = cases_of(model, tokenizer, strings, EDITS, int(os.environ.get("PAGE_TEXTS", 35)))
