@@ -38,8 +38,9 @@ from configurator import (
     run,
     write_text,
 )
+from lab.change import validation_tokens
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
-from lab.teach import count_words, read_examples, teach, validation_tokens, validation_windows
+from lab.teach import read_examples, teach
 from sample import open_run
 from tokenizer import word_forms, word_ids
 
@@ -260,13 +261,12 @@ def main(argv):
     r.model.edits = make_edits(r.model, r.tokenizer, edits, with_topics=bool(s.teach))
     if s.teach:
         examples = read_examples(s.teach)
-        text = validation_windows(r, s.dataset, s.data_dir, s.n_window)  # (n_window,T+1)
-        counts = count_words(r, validation_tokens(r, s.dataset, s.data_dir)[:1_000_000])
+        tokens = validation_tokens(r, s.dataset, s.data_dir)
         # a vector that is learned must not be scaled
         scaled = [e["word"] for e in edits if e["edit"] == "scale"]
         taken = {i for word in scaled for i in word_forms(r.tokenizer, word)}
-        new = teach(r, examples, text, counts, s, taken)
-        edits += new  # the last word on their places; what stood there before may be used by others
+        # the last word on their places; what stood there before may be used by others
+        edits += teach(r, examples, tokens, s, taken)
         make_edits(r.model, r.tokenizer, edits, with_topics=False)
     for n, edit in enumerate(edits, 1):
         adds = f", adds {printable(edit['adds'])}" if "adds" in edit else ""

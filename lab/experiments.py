@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError, configure, expect, read_json, read_text, run
+from lab.change import damage, validation_tokens, validation_windows
 from lab.edit import make_edits, read_edits
 from lab.look import word_senses
 from lab.swaps import swaps
-from lab.teach import damage, validation_tokens, validation_windows
 from sample import open_run
 from tokenizer import require, word_id, word_ids
 from train import get_batch
@@ -284,7 +284,8 @@ def topics(model, tokenizer, stimuli, s):
 
 def harm(r, s):
     """What the first 1, 10, 100 and all edits of a file do to validation text."""
-    edits, text = read_edits(s.damage), validation_windows(r, s.dataset, s.data_dir, 128)
+    edits, tokens = read_edits(s.damage), validation_tokens(r, s.dataset, s.data_dir)
+    text = validation_windows(r, tokens, 128)  # (n,T+1)
     print("edits   KL(without || with) per token   perplexity without   with")
     for n in [n for n in (1, 10, 100) if n < len(edits)] + [len(edits)]:
         change = make_edits(r.model, r.tokenizer, edits[:n])

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError, printable
+from lab.change import validation_tokens
 from lab.edit import describe, make_edits
 from lab.look import attribution
-from lab.teach import validation_tokens
 from tokenizer import word_id
 
 

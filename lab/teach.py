@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError, printable, read_jsonl
+from lab.change import change, divergence, log_p, validation_windows
 from lab.control import Edits
 from tokenizer import token_text
-from train import get_batch, load_data
 
 PREFER = 10  # how many times more a vector of the subject's own tokens counts, in choosing
 PRONOUNS = ("He", "She", "It", "They")
@@ -32,11 +32,7 @@ def read_examples(path):
     examples = read_jsonl(path, shape)
     for n, example in enumerate(examples, 1):
         subject = example.get("subject") or ""
-        given = [
-            example[key]
-            for key in ("prompt", "good", "bad", "subject")
-            if example.get(key) is not None
-        ]
+        given = [example.get(key) for key in ("prompt", "good", "bad", "subject")]
         if "" in [*given, *(example.get("keep") or [])]:
             what = (
                 "found an empty text, expected a prompt and good, and what else is there not empty"
@@ -51,38 +47,7 @@ def read_examples(path):
     return examples
 
 
-# ---- text that shall stay as it is
-
-
-def validation_tokens(r, dataset, data_dir):
-    """The tokens of val.bin (N,) of a dataset, or of the run's own; r: from open_run.
-
-    UserError: there is no such dataset, or it was made with another tokenizer than the run's.
-    """
-    dataset = dataset or r.ckpt["settings"].get("dataset")
-    if not dataset:
-        raise UserError(
-            f"{r.path} has no dataset of its own: give --dataset=NAME, made by prepare_data.py "
-            f"with --tokenizer={r.path}"
-        )
-    _, tokens, meta = load_data(data_dir, dataset)
-    if meta["tokenizer"] != r.ckpt["meta"]["tokenizer"]:
-        raise UserError(f"{dataset} has another vocabulary than {r.path}")
-    if tokens.max() >= r.model.config.vocab_size:
-        what = f"outside a vocabulary of {r.model.config.vocab_size}"
-        raise UserError(f"{tokens.filename} has token id {tokens.max()}, {what}")
-    return tokens
-
-
-def validation_windows(r, dataset, data_dir, n):
-    """At most n windows of T + 1 tokens (n,T+1), apart, over the validation tokens of a dataset."""
-    tokens, T = validation_tokens(r, dataset, data_dir), r.model.config.block_size
-    n = min(n, max(4, (len(tokens) - 1) // T))  # four have to be: to learn from, to stop, to report
-    if len(tokens) <= T:
-        raise UserError(f"the dataset has {len(tokens)} tokens for validation: expected {T + 1}")
-    starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)
-    x, y, _ = get_batch(tokens, starts, T, r.device, r.model.config.vocab_size)  # (n,T) each
-    return torch.cat([x, y[:, -1:]], 1)
+# ---- subjects and near misses
 
 
 def is_name(word, counts):
@@ -116,45 +81,6 @@ def near_misses(example, subject, counts, avoid, random):
     pattern = re.compile(rf"(?:\b[Tt]he )?(?<!\w){re.escape(subject)}(?!\w)")
     prompts = [pattern.sub(lambda _, w=w: w, example["prompt"]) for w in others]
     return [prompt for prompt in prompts if prompt != example["prompt"]]
-
-
-# ---- what edits change
-
-
-def log_p(model, idx, edits=None):
-    """Log-probabilities of the next token under the given edits: idx (B,T) -> (B,T,V)."""
-    kept = model.edits
-    model.edits = edits
-    try:
-        return model(idx)[0].log_softmax(-1)
-    finally:
-        model.edits = kept
-
-
-def divergence(before, after):
-    """KL(before || after) of each token in nats: log-probabilities (...,V) -> (...)."""
-    return (before.exp() * (before - after)).sum(-1)
-
-
-@torch.no_grad()
-def change(before, after, text, batch_size=8):
-    """What differs on text (n,T+1) between two functions of idx (B,T) to log-probabilities (B,T,V).
-
-    Returns (mean KL(before || after) per token, perplexity before, after).
-    """
-    total = torch.zeros(3, dtype=torch.float64)
-    for part in text.split(batch_size):
-        x, y = part[:, :-1], part[:, 1:, None]  # (B,T), (B,T,1)
-        p, q = before(x), after(x)  # (B,T,V)
-        losses = -p.gather(2, y).sum(), -q.gather(2, y).sum()
-        total += torch.stack([divergence(p, q).sum(), *losses]).cpu()
-    kl, loss_before, loss_after = total / text[:, 1:].numel()
-    return kl.item(), loss_before.exp().item(), loss_after.exp().item()
-
-
-def damage(model, edits, text):
-    """What edits do to text (n,T+1): (mean KL(without || with) per token, perplexity without, with)."""
-    return change(lambda x: log_p(model, x), lambda x: log_p(model, x, edits), text)
 
 
 # ---- the choice of vectors
@@ -197,19 +123,22 @@ def choose(model, tokenizer, wanted, text, n, elsewhere, taken=()):
             return torch.tensor(list(chosen), device=device).unbind(1)
 
 
-def moved(base, model, tokens, senses, delta):
-    """Edits that add delta (N,D) to the senses (N,) of tokens (N,), as the edits base leave them."""
+def with_room(base, model, tokens):
+    """The edits base, or none, with rows for tokens that base leaves as they are."""
     E, K, V = model.wte.weight.detach(), model.config.n_sense, model.config.vocab_size
-    row = torch.zeros(V, dtype=torch.long, device=E.device) if base is None else base.row.clone()
-    scale = E.new_ones(1, K) if base is None else base.scale
-    offset = E.new_zeros(1, K, E.size(1)) if base is None else base.offset
-    new = [i for i in tokens.unique().tolist() if not row[i]]
-    row[new] = torch.arange(len(scale), len(scale) + len(new), device=E.device)
-    scale = torch.cat([scale, scale.new_ones(len(new), K)])
-    offset = torch.cat([offset, offset.new_zeros(len(new), K, E.size(1))])
-    offset = offset.index_put((row[tokens], senses), delta, accumulate=True)
-    w, f = (E.new_zeros(0, V, K), E.new_zeros(0)) if base is None else (base.w, base.f)
-    return Edits(row=row, scale=scale, offset=offset, w=w, f=f)
+    row, ones = torch.zeros(V, dtype=torch.long, device=E.device), E.new_ones(1, K)
+    zeros = E.new_zeros(1, K, E.size(1))
+    base = base or Edits(row, ones, zeros, E.new_zeros(0, V, K), E.new_zeros(0))
+    row, new = base.row.clone(), [i for i in tokens.unique().tolist() if not base.row[i]]
+    row[new] = torch.arange(len(new), device=E.device) + len(base.scale)
+    scale = torch.cat([base.scale, *[ones] * len(new)])
+    return Edits(row, scale, torch.cat([base.offset, *[zeros] * len(new)]), base.w, base.f)
+
+
+def moved(edits, tokens, senses, delta):
+    """Edits that add delta (N,D) to the senses (N,) of tokens (N,), which have rows in edits."""
+    offset = edits.offset.index_put((edits.row[tokens], senses), delta, accumulate=True)
+    return Edits(edits.row, edits.scale, offset, edits.w, edits.f)
 
 
 # ---- teaching
@@ -217,7 +146,7 @@ def moved(base, model, tokens, senses, delta):
 
 def encode_example(model, tokenizer, prompt, end, path):
     """(ids (T,) of prompt and end, index of the end's first token). UserError: they are too long."""
-    space = "" if not end or prompt[-1].isspace() or end[0].isspace() else " "
+    space = "" if prompt[-1].isspace() or end[0].isspace() else " "
     try:
         start = tokenizer.encode(prompt).tolist()
         ids = start + tokenizer.encode(space + end).tolist()
@@ -238,13 +167,14 @@ class Lesson:
     and `unseen` are for the report.
     """
 
-    def __init__(self, r, examples, text, counts, s):
-        self.model, self.tokenizer, self.s, self.examples = r.model, r.tokenizer, s, examples
-        self.base = r.model.edits
+    def __init__(self, r, examples, tokens, s):
+        self.model, self.base, self.s, self.examples = r.model, r.model.edits, s, examples
 
-        def encode(prompt, end=""):
+        def encode(prompt, end):
             return encode_example(r.model, r.tokenizer, prompt, end, s.teach)
 
+        # how often each word stands in other text
+        counts = Counter(re.findall(r"\w+", r.tokenizer.decode(tokens[:1_000_000].tolist())))
         self.goods = [encode(e["prompt"], e["good"]) for e in examples]
         self.bads = [encode(e["prompt"], e["bad"]) if e.get("bad") else None for e in examples]
         self.subjects = [subject_of(e, counts) for e in examples]
@@ -257,6 +187,7 @@ class Lesson:
                     self.near.append(encode(prompt, example["good"]))
             for prompt in example.get("keep") or []:  # for training and for the report
                 self.near += 2 * [encode(prompt, example["good"])]
+        text = validation_windows(r, tokens, s.n_window)  # (n,T+1)
         self.known, self.stop = text[0::4], text[1::16]
         self.unseen = torch.cat([text[2::4], text[3::4]])
 
@@ -347,31 +278,31 @@ class Lesson:
         return rows | {"... perplexity": f"{perplexity:.2f}"}
 
 
-def teach(r, examples, text, counts, s, taken=()):
+def teach(r, examples, tokens, s, taken=()):
     """Learn s.n_vector sense vectors that make the good ends of examples likely, as a list of edits.
 
-    r: from open_run, with the edits that are there already in its model; text (n,T+1): other text, half of
-    it for the report that this prints; counts: of its words; s: settings of lab/edit.py; taken: tokens whose
+    r: from open_run, with the edits that are there already in its model; tokens (N,): other text, half of
+    whose windows are for the report that this prints; s: settings of lab/edit.py; taken: tokens whose
     senses stay. UserError: an example is longer than block_size.
     """
     model, tokenizer = r.model, r.tokenizer
-    lesson = Lesson(r, examples, text, counts, s)
+    lesson = Lesson(r, examples, tokens, s)
     spaces = ("",) if tokenizer.end is None else ("", " ")
     about = [
         {i for space in spaces for i in tokenizer.encode(space + subject).tolist()}
         for subject in lesson.subjects
     ]
     wanted = [(*good, list(own)) for good, own in zip(lesson.goods, about)]
-    tokens, senses = choose(model, tokenizer, wanted, lesson.known, s.n_vector, s.elsewhere, taken)
+    chosen, senses = choose(model, tokenizer, wanted, lesson.known, s.n_vector, s.elsewhere, taken)
     for example, subject, own in zip(examples, lesson.subjects, about):
-        if not own & set(tokens.tolist()):
+        if not own & set(chosen.tolist()):
             what = f"no vector of {subject!r} was chosen: expect the change elsewhere, too"
             print(f"warning: {example['prompt'][:40]!r}: {what}")
-    size = s.n_vector, model.config.n_embd
-    delta = torch.zeros(size, device=text.device, requires_grad=True)  # (N,D)
+    room, size = with_room(lesson.base, model, chosen), (s.n_vector, model.config.n_embd)
+    delta = torch.zeros(size, device=r.device, requires_grad=True)  # (N,D)
 
     def with_vectors(idx):
-        return log_p(model, idx, moved(lesson.base, model, tokens, senses, delta))
+        return log_p(model, idx, moved(room, chosen, senses, delta))
 
     lesson.learn([delta], with_vectors, s.learning_rate, "teaching")
     afters = {"before": lesson.before, "taught": with_vectors}
@@ -389,22 +320,11 @@ def teach(r, examples, text, counts, s, taken=()):
     for name in columns[0]:
         print(f"{name[:50]:50}" + "".join(f"{column[name]:>15}" for column in columns))
     with torch.no_grad():
-        vectors = model.senses(tokens)[torch.arange(s.n_vector), senses] + delta  # (N,D)
+        vectors = model.senses(chosen)[torch.arange(s.n_vector), senses] + delta  # (N,D)
         adds = model.logits(delta).topk(min(5, model.config.vocab_size)).indices.tolist()  # (N,5)
-    return [
-        {
-            "edit": "replace",
-            "word": f'"{tokenizer.decode([token])}"',
-            "sense": sense,
-            "adds": " ".join(token_text(tokenizer, i) for i in top),
-            "vector": [round(value, 6) for value in vector],
-        }
-        for token, sense, top, vector in zip(
-            tokens.tolist(), senses.tolist(), adds, vectors.tolist()
-        )
-    ]
-
-
-def count_words(r, tokens):
-    """How often each word stands in tokens: a Counter."""
-    return Counter(re.findall(r"\w+", r.tokenizer.decode(tokens.tolist())))
+    edits = []
+    for i, sense, top, vector in zip(chosen.tolist(), senses.tolist(), adds, vectors.tolist()):
+        edit = {"edit": "replace", "word": f'"{tokenizer.decode([i])}"', "sense": sense}
+        edit["adds"] = " ".join(token_text(tokenizer, i) for i in top)
+        edits.append(edit | {"vector": [round(value, 6) for value in vector]})
+    return edits

@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 import lab.edit
 import sample
 from configurator import UserError
+from lab.change import damage, log_p
 from lab.edit import describe, make_edits, parse, read_edits
 from lab.look import attribution
-from lab.teach import choose, damage, log_p, moved, near_misses, read_examples, subject_of
+from lab.teach import choose, moved, near_misses, read_examples, subject_of, with_room
 from model import Backpack, BackpackConfig, load_checkpoint
 from tokenizer import load_tokenizer
 
@@ -305,7 +306,7 @@ def test_vectors_are_those_of_the_subject_and_their_effect_is_added():
     assert list(zip(tokens.tolist(), senses.tolist())) == want
     delta = torch.randn(6, 16)
     before = model.senses(torch.arange(8))
-    model.edits = moved(base, model, tokens, senses, delta)
+    model.edits = moved(with_room(base, model, tokens), tokens, senses, delta)
     want = before.index_put((tokens, senses), delta, accumulate=True)
     assert torch.allclose(model.senses(torch.arange(8)), want, atol=1e-6)
 

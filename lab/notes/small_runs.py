@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import train
 from configurator import UserError, configure, replacing, run
-from lab.teach import validation_tokens
+from lab.change import validation_tokens
 from model import Backpack
 from sample import open_run
 from tokenizer import token_text

@@ -1,0 +1,74 @@
+"""Validation text, and what edits change in it: log-probabilities, KL, perplexity."""
+
+import numpy as np
+import torch
+
+from configurator import UserError
+from train import get_batch, load_data
+
+
+def validation_tokens(r, dataset, data_dir):
+    """The tokens of val.bin (N,) of a dataset, or of the run's own; r: from open_run.
+
+    UserError: there is no such dataset, or it was made with another tokenizer than the run's.
+    """
+    dataset = dataset or r.ckpt["settings"].get("dataset")
+    if not dataset:
+        raise UserError(
+            f"{r.path} has no dataset of its own: give --dataset=NAME, made by prepare_data.py "
+            f"with --tokenizer={r.path}"
+        )
+    _, tokens, meta = load_data(data_dir, dataset)
+    if meta["tokenizer"] != r.ckpt["meta"]["tokenizer"]:
+        raise UserError(f"{dataset} has another vocabulary than {r.path}")
+    if tokens.max() >= r.model.config.vocab_size:
+        what = f"outside a vocabulary of {r.model.config.vocab_size}"
+        raise UserError(f"{tokens.filename} has token id {tokens.max()}, {what}")
+    return tokens
+
+
+def validation_windows(r, tokens, n):
+    """At most n windows of T + 1 tokens (n,T+1), apart, over validation tokens."""
+    T = r.model.config.block_size
+    n = min(n, max(4, (len(tokens) - 1) // T))  # four have to be: to learn from, to stop, to report
+    if len(tokens) <= T:
+        raise UserError(f"the dataset has {len(tokens)} tokens for validation: expected {T + 1}")
+    starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)
+    x, y, _ = get_batch(tokens, starts, T, r.device, r.model.config.vocab_size)  # (n,T) each
+    return torch.cat([x, y[:, -1:]], 1)
+
+
+def log_p(model, idx, edits=None):
+    """Log-probabilities of the next token under the given edits: idx (B,T) -> (B,T,V)."""
+    kept = model.edits
+    model.edits = edits
+    try:
+        return model(idx)[0].log_softmax(-1)
+    finally:
+        model.edits = kept
+
+
+def divergence(before, after):
+    """KL(before || after) of each token in nats: log-probabilities (...,V) -> (...)."""
+    return (before.exp() * (before - after)).sum(-1)
+
+
+@torch.no_grad()
+def change(before, after, text, batch_size=8):
+    """What differs on text (n,T+1) between two functions of idx (B,T) to log-probabilities (B,T,V).
+
+    Returns (mean KL(before || after) per token, perplexity before, after).
+    """
+    total = torch.zeros(3, dtype=torch.float64)
+    for part in text.split(batch_size):
+        x, y = part[:, :-1], part[:, 1:, None]  # (B,T), (B,T,1)
+        p, q = before(x), after(x)  # (B,T,V)
+        losses = -p.gather(2, y).sum(), -q.gather(2, y).sum()
+        total += torch.stack([divergence(p, q).sum(), *losses]).cpu()
+    kl, loss_before, loss_after = total / text[:, 1:].numel()
+    return kl.item(), loss_before.exp().item(), loss_after.exp().item()
+
+
+def damage(model, edits, text):
+    """What edits do to text (n,T+1): (mean KL(without || with) per token, perplexity without, with)."""
+    return change(lambda x: log_p(model, x), lambda x: log_p(model, x, edits), text)
