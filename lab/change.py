@@ -48,6 +48,11 @@ def log_p(model, idx, edits=None):
         model.edits = kept
 
 
+def next_p(model, idx, edits=None):
+    """The probabilities (V,) of the token after idx (T,) under edits."""
+    return log_p(model, idx[None], edits)[0, -1].exp()
+
+
 def divergence(before, after):
     """KL(before || after) of each token in nats: log-probabilities (...,V) -> (...)."""
     return (before.exp() * (before - after)).sum(-1)

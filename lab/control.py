@@ -8,13 +8,17 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-# The scores of all senses of all tokens are split at these quantiles, and a topic of strength 1, 2
-# or 3 multiplies the weight of a sense by the factor of its part (appendix D).
-# Strength 4 is ours, for small models, which else repeat themselves: a few senses get much more weight and
-# all others less, as the weights of a position keep their sum; nothing anneals.
-QUANTILES = (0.95, 0.8, 0.6)
-STRENGTHS = {1: (1.5, 1.5, 1.3), 2: (2.2, 2.2, 1.5), 3: (3.3, 3.3, 3.0)}
-FOCUS_QUANTILE, FOCUS = 0.99, 12.0
+# The scores of all senses of all tokens are split at quantiles, and a topic multiplies the weight of a
+# sense by the factor of its part, as far as f, which annealing multiplies, has not faded that (appendix
+# D). Strength 4 is ours, for small models, which else repeat themselves: a few senses get much more weight
+# and all others less, as the weights of a position keep their sum; nothing anneals.
+PAPERS = (0.95, 0.8, 0.6)
+STRENGTHS = {  # quantiles, the factor above each, f
+    1: (PAPERS, (1.5, 1.5, 1.3), 1.5 / 7.5),
+    2: (PAPERS, (2.2, 2.2, 1.5), 2.2 / 7.5),
+    3: (PAPERS, (3.3, 3.3, 3.0), 3.3 / 7.5),
+    4: ((0.99,), (12.0,), 0.0),
+}
 
 
 class Edits(nn.Module):
@@ -88,13 +92,6 @@ def swapped(C, E_from, E_to):
     return C + share * (E_to / phi - E_from)
 
 
-def parts_of(strength):
-    """(quantiles of the scores, the factor of the weights above each) of a topic's strength."""
-    return (
-        (QUANTILES, STRENGTHS[strength]) if strength in STRENGTHS else ((FOCUS_QUANTILE,), (FOCUS,))
-    )
-
-
 @lru_cache(1)
 @torch.no_grad()
 def sense_peaks(model, progress=iter):
@@ -121,6 +118,7 @@ def topic_weights(model, bag, strength, peaks, end=None):
     if end is not None:
         scores[end] = 0.0
     w = torch.ones_like(scores)  # (V,K)
-    for quantile, factor in sorted(zip(*parts_of(strength))):
+    quantiles, factors, _ = STRENGTHS[strength]
+    for quantile, factor in sorted(zip(quantiles, factors)):
         w[scores >= scores.flatten().quantile(quantile)] = factor
     return w

@@ -116,7 +116,7 @@ def expect_edit(edit, where):
     expect(edit, shape, where)
     if name == "scale" and edit["factor"] < 0:
         raise UserError(f"{where}, factor: found {edit['factor']}, expected 0 or more")
-    if name == "topic" and edit["strength"] not in (1, 2, 3, 4):
+    if name == "topic" and edit["strength"] not in STRENGTHS:
         raise UserError(f"{where}, strength: found {edit['strength']}, expected 1, 2, 3 or 4")
     return edit
 
@@ -226,7 +226,7 @@ def make_edits(model, tokenizer, edits, with_topics=True):
             if with_topics:
                 peaks = sense_peaks(model, peaks_progress)
                 w.append(topic_weights(model, bag, strength, peaks, tokenizer.end)[None])
-                f.append(max(STRENGTHS[strength]) / 7.5 if strength in STRENGTHS else 0.0)
+                f.append(STRENGTHS[strength][2])
     row = torch.zeros(V, dtype=torch.long, device=E.device)
     row[list(scale)] = torch.arange(1, len(scale) + 1, device=E.device)
     return Edits(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, expect, read_json, read_text, run
 from lab.change import damage, validation_tokens, validation_windows
+from lab.control import STRENGTHS
 from lab.edit import make_edits, read_edits
 from lab.look import word_senses
 from lab.swaps import swaps
@@ -267,7 +268,7 @@ def topics(model, tokenizer, stimuli, s):
         near = [i for i in order[:1000] if i not in first]
         near = [i for i in near if not any(w in tokenizer.decode([i]).lower() for w in bag)]
         rows = []
-        for strength in range(5):
+        for strength in (0, *STRENGTHS):
             edit = {"edit": "topic", "words": ",".join(bag), "strength": strength}
             ids = texts(make_edits(model, tokenizer, [edit])) if strength else plain
             rows.append(measure(ids, bag, near[:20]))

@@ -22,13 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from configurator import (
-    UserError,
-    configure,
-    expect_place,
-    run,
-    write_text,
-)
+from configurator import UserError, configure, expect_place, run, write_text
 from lab.draw import draw_bars, draw_parts, pyplot
 from lab.edit import summary
 from sample import open_run
@@ -87,23 +81,28 @@ def whole_words(tokenizer, V):
     None for a vocabulary of characters, or without such tokens.
     """
     texts = [tokenizer.decode([i]) for i in range(V)]
-    fine = [t.isprintable() and "\ufffd" not in t and t.strip() != "" for t in texts]
-    fine = [
-        ok and (t[0] == " " or t[0].isupper() or not t[0].isalnum()) for ok, t in zip(fine, texts)
-    ]
+    text = [t.isprintable() and "\ufffd" not in t and t.strip() != "" for t in texts]
+    begins = [t[:1] == " " or t[:1].isupper() or not t[:1].isalnum() for t in texts]
+    fine = [a and b for a, b in zip(text, begins)]
     return torch.tensor(fine) if tokenizer.end is not None and any(fine) else None
+
+
+def directions(model):
+    """E less the mean of its rows, these then of norm 1: (V,D). Their products tell how alike tokens are."""
+    E = model.wte.weight[: model.config.vocab_size]
+    return F.normalize(E - E.mean(0), dim=-1)
 
 
 def coherence(model, tokenizer, top):
     """How alike the tokens are that each sense says, a measure of how readable it is: top (K,n) -> (K,).
 
-    The mean cosine of two of their embeddings, these less the mean of all; tokens of fewer than three letters
-    count as unlike all others.
+    The mean product of two of their directions; tokens of fewer than three letters count as unlike all
+    others.
     """
-    E, n = model.wte.weight[: model.config.vocab_size], top.size(1)
+    n = top.size(1)
     letters = [len(re.findall(r"[^\W\d_]", tokenizer.decode([i]))) for i in top.flatten().tolist()]
     counts = torch.tensor(letters, device=top.device).view_as(top) > 2  # (K,n)
-    e = F.normalize(E - E.mean(0), dim=-1)[top] * counts[..., None]  # (K,n,D)
+    e = directions(model)[top] * counts[..., None]  # (K,n,D)
     return ((e @ e.mT).sum((1, 2)) - counts.sum(1)) / max(1, n * (n - 1))
 
 
@@ -156,14 +155,14 @@ def show_words(model, tokenizer, words, senses, n, shown=None):
         ids = word_ids(tokenizer, word)
         name = " ".join(token_text(tokenizer, i) for i in ids)
         C = word_senses(model, tokenizer, word)  # (K,D)
-        high, low = says(model, C, n, shown)  # (K,n) each
-        alike = coherence(model, tokenizer, says(model, C, 10, shown)[0].indices)  # (K,)
+        high, low = says(model, C, max(n, 10), shown)  # (K,n or 10) each
+        alike = coherence(model, tokenizer, high.indices[:, :10])  # (K,)
         order = senses or alike.argsort(descending=True).tolist()
         if not side_by_side:
             print(name if len(ids) == 1 else f"{name}: the mean of {len(ids)} tokens")
         for rank, l in enumerate(order):
-            highest = ranked(tokenizer, high.values[l], high.indices[l])
-            lowest = ranked(tokenizer, low.values[l], low.indices[l])
+            highest = ranked(tokenizer, high.values[l, :n], high.indices[l, :n])
+            lowest = ranked(tokenizer, low.values[l, :n], low.indices[l, :n])
             if senses or rank < (6 if len(words) == 1 else 3):  # as many as a picture bears
                 panels.append((f"{word}, sense {l}", highest))
             columns[word] = {"+": highest, "-": lowest}
@@ -300,9 +299,8 @@ def main(argv):
     here |= {"run", "edits", "edit", "device"}
     here |= set() if s.html or s.text else {"sense", "pieces"}
     for key in sources.keys() - here:
-        raise UserError(
-            f"{key} has no effect on {'the page' if s.html else asked[0]}: leave it out"
-        )
+        view = "the page" if s.html else asked[0]
+        raise UserError(f"{key} has no effect on {view}: leave it out")
     if s.plot and Path(s.plot).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot={s.plot!r}: expected a .png, .svg or .pdf")
     for path in filter(None, (s.plot, s.html)):
@@ -331,10 +329,8 @@ def main(argv):
     if s.who:
         title, panels = f"Who says {s.who}?", show_who(model, tokenizer, s.who, s.top, shown)
     elif s.roles:
-        title, panels = (
-            "What each sense says of any word",
-            show_roles(model, tokenizer, s.top, shown),
-        )
+        title = "What each sense says of any word"
+        panels = show_roles(model, tokenizer, s.top, shown)
     elif words:
         title = f"What the senses of {', '.join(words)} say"
         panels = show_words(model, tokenizer, words, senses, s.top, shown)

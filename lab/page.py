@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from configurator import read_json, read_text
-from lab.control import parts_of, sense_peaks
+from lab.change import next_p
+from lab.control import STRENGTHS, sense_peaks
 from lab.edit import make_edits, peaks_progress, summary
 from lab.look import attribution, says, text_ids, word_senses
 from tokenizer import byte_characters, token_text, word_ids
@@ -52,14 +53,6 @@ def token_names(tokenizer):
 def rounded(tensor, digits):
     """A tensor as lists of rounded numbers."""
     return tensor.double().cpu().numpy().round(digits).tolist()
-
-
-def next_p(model, idx, edits=None):
-    """The probabilities (V,) of the token after idx (T,) under edits."""
-    kept, model.edits = model.edits, edits
-    p = model(idx[None])[0][0, -1].softmax(-1)
-    model.edits = kept
-    return p
 
 
 def first_look(r, text, n=8):
@@ -120,11 +113,7 @@ def page(r, words=(), text=""):
     model, tokenizer, edits = r.model, r.tokenizer, r.model.edits
     states = {name: p.half().cpu().numpy() for name, p in model.state_dict().items()}
     states = {name: p for name, p in states.items() if not name.startswith("edits.")}
-    sizes = (
-        4 * sum(p.size for p in states.values())
-        + 6 * model.config.vocab_size * model.config.n_sense
-    )
-    if sizes * 2 / 3 > LIMIT * 1.2:  # it would not fit even if zlib saved much
+    if sum(p.nbytes for p in states.values()) > LIMIT:  # base64 adds a third, zlib takes less off
         return table_page(r, words, text)
     weights = packed(np.concatenate([p.ravel() for p in states.values()]))
     peaks = packed(sense_peaks(model, peaks_progress).cpu().numpy())
@@ -146,9 +135,9 @@ def page(r, words=(), text=""):
     }
     data |= {"tokens": token_names(tokenizer), "end": tokenizer.end, "words": ",".join(words)}
     data |= {
-        "strengths": {n: dict(zip(("quantiles", "factors"), parts_of(n))) for n in (1, 2, 3, 4)}
+        "strengths": STRENGTHS,
+        "first": {"text": text, "edits": r.edits, "look": first_look(r, text)},
     }
-    data |= {"first": {"text": text, "edits": r.edits, "look": first_look(r, text)}}
     html = (
         read_text(FOLDER / "page.html").replace("/*WEIGHTS*/", weights).replace("/*PEAKS*/", peaks)
     )

@@ -2,13 +2,12 @@
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError, printable
-from lab.change import validation_tokens
+from lab.change import next_p, validation_tokens
 from lab.edit import describe, make_edits
-from lab.look import attribution
+from lab.look import attribution, directions
 from tokenizer import word_id
 
 
@@ -29,10 +28,8 @@ def turnable(r, tokens, is_word, length=24):
         p, y = r.model(ids[None])[0][0].softmax(-1).max(-1)  # (T,) each
         for n in range(4, len(ids) + 1):
             if p[n - 1] >= 0.3 and is_word[y[n - 1]]:
-                parts = attribution(r.model, ids[:n], r.model.wte.weight[y[n - 1]])[1].sum(
-                    1
-                )  # (n,)
-                word = ids[parts.argmax()].item()
+                _, parts = attribution(r.model, ids[:n], r.model.wte.weight[y[n - 1]])  # (n,K)
+                word = ids[parts.sum(1).argmax()].item()
                 if is_word[word] and word != y[n - 1]:
                     found.append((ids[:n], word, y[n - 1].item()))
     return found
@@ -46,15 +43,13 @@ def swaps(r, s):
     is_word = [text[0] == " " and text[1:].isalpha() for text in texts]
     is_word = torch.tensor(is_word, device=r.device)  # (V,)
     is_word[:500] = False  # the, of, was, ...: a BPE learns frequent tokens first
-    E = F.normalize(model.wte.weight[:V] - model.wte.weight[:V].mean(0), dim=-1)  # (V,D)
+    E = directions(model)  # (V,D)
     for ids, word, old in turnable(r, tokens, is_word):
-        before = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
+        before = next_p(model, ids)  # (V,)
         for new in (E @ E[old]).masked_fill(~is_word, -1.0).topk(6).indices[1:].tolist():
             names = [texts[i].strip() for i in (word, old, new)]
             edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2]}
-            model.edits = make_edits(model, tokenizer, [edit])
-            after = model(ids[None])[0][0, -1].softmax(-1)  # (V,)
-            model.edits = None
+            after = next_p(model, ids, make_edits(model, tokenizer, [edit]))  # (V,)
             p = [x[y].item() for x in (before, after) for y in (old, new)]
             turned = after.argmax() == new and p[2] <= p[0] / 2 and p[1] < 0.1
             if turned and (word not in best or p[3] > best[word][0][3]):
