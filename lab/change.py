@@ -38,6 +38,20 @@ def validation_windows(r, tokens, n):
     return torch.cat([x, y[:, -1:]], 1)
 
 
+def document_windows(tokens, end, T):
+    """Windows of documents, each read by itself: rows (start, first, stop) of the tokens to predict.
+
+    A document starts at the token that ends the one before, and the token that ends it isn't
+    predicted. Its last window reaches back, so that it is full, but predicts only what is left.
+    """
+    stops = np.flatnonzero(tokens == end)
+    windows = []
+    for start, stop in zip(np.append(-1, stops[:-1]), stops):  # tokens[-1] ends a document, too
+        for i in range(start, stop - 1, T):
+            windows.append((max(start, min(i, stop - 1 - T)), i + 1, min(i + T + 1, stop)))
+    return np.array(windows)
+
+
 def log_p(model, idx, edits=None):
     """Log-probabilities of the next token under the given edits: idx (B,T) -> (B,T,V)."""
     kept = model.edits

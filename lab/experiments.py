@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError, configure, expect, read_json, read_text, run
-from lab.change import damage, validation_tokens, validation_windows
+from lab.change import damage, document_windows, validation_tokens, validation_windows
 from lab.control import STRENGTHS
 from lab.edit import make_edits, read_edits
 from lab.look import word_senses
@@ -50,9 +50,7 @@ class Settings:
     prompts: str | None = None  # with bias or topics: a file of your own, like lab/stimuli.json
     transformer: str | None = None  # with bias: a run with n_sense=0, also with this tokenizer
     top: int = 10  # [1, 1000] with swaps: how many to show
-    num_samples: int = (
-        20  # [1, 1e4] with topics or swaps: texts for each topic and strength, or swap
-    )
+    num_samples: int = 20  # [1, 1e4] with topics or swaps: texts for each strength, or swap
     max_new_tokens: int = 100  # [1, 1e6] with topics: their length
     n_bootstrap: int = 1000  # [1, 1e4] with lexical, bias or topics: samples for the intervals
     dataset: str | None = None  # with damage, swaps or words: its val.bin; None: the run's dataset
@@ -96,8 +94,9 @@ def read_pairs(path, separator, columns):
     return pairs
 
 
-def lexical(model, tokenizer, s):
+def lexical(r, s):
     """Spearman's correlation of people's scores with cosines of senses and of embeddings (table 4)."""
+    model, tokenizer = r.model, r.tokenizer
     for file, (separator, *columns) in SETS.items():
         pairs = read_pairs(Path(s.lexical) / file, separator, columns)
         words = {word for pair in pairs for word in pair[:2]}
@@ -173,8 +172,9 @@ def best_factor(bias):
     return minimize(lambda x: bias(x[0]) + abs(1 - x[0]), [1.0], bounds=[(0, 1)], **how).x[0]
 
 
-def bias(model, tokenizer, stimuli, s):
+def bias(r, s):
     """Bias of he against she after professions, and with the weight of one sense scaled (section 6.2)."""
+    model, tokenizer, stimuli = r.model, r.tokenizer, s.stimuli
     professions, K = stimuli["professions"], model.config.n_sense
     nouns = [noun for noun in professions if len(word_ids(tokenizer, noun)) == 1]
     if not nouns:
@@ -231,8 +231,9 @@ def transformer_bias(s, tokenizer, nouns, fit, judge, show):
 # ---- topics
 
 
-def topics(model, tokenizer, stimuli, s):
+def topics(r, s):
     """Texts for each topic and strength: are they about the topic, and are they still text? (section 6.1)"""
+    model, tokenizer = r.model, r.tokenizer
     E = F.normalize(model.wte.weight[: model.config.vocab_size], dim=-1)  # (V,D)
     end = tokenizer.encode("\n")[0] if tokenizer.end is None else tokenizer.end
     start = torch.full((s.num_samples, 1), end, device=E.device)
@@ -262,7 +263,7 @@ def topics(model, tokenizer, stimuli, s):
     names = "bag, %", "near, %", "distinct-2, %", "perplexity"
     print(f"{'topic':24}" + "".join(f"{name:>30}" for name in names))
     plain, results = texts(None), []  # results: [topic][strength][figure]
-    for topic, bag in tqdm(stimuli["topics"].items(), "topics", leave=False):
+    for topic, bag in tqdm(s.stimuli["topics"].items(), "topics", leave=False):
         first = [word_ids(tokenizer, word)[0] for word in bag]
         order = (E @ E[first].mean(0)).argsort(descending=True).tolist()
         near = [i for i in order[:1000] if i not in first]
@@ -294,20 +295,6 @@ def harm(r, s):
         print(f"{n:5}   {kl:29.6f}   {without_edits:18.3f}   {with_edits:.3f}")
 
 
-def document_windows(tokens, end, T):
-    """Windows of documents, each read by itself: rows (start, first, stop) of the tokens to predict.
-
-    A document starts at the token that ends the one before, and the token that ends it isn't
-    predicted. Its last window reaches back, so that it is full, but predicts only what is left.
-    """
-    stops = np.flatnonzero(tokens == end)
-    windows = []
-    for start, stop in zip(np.append(-1, stops[:-1]), stops):  # tokens[-1] ends a document, too
-        for i in range(start, stop - 1, T):
-            windows.append((max(start, min(i, stop - 1 - T)), i + 1, min(i + T + 1, stop)))
-    return np.array(windows)
-
-
 def word_perplexity(r, s):
     """exp(loss per word) of validation text, each document by itself, as lm-eval-harness scores it."""
     tokens, end = validation_tokens(r, s.dataset, s.data_dir), r.tokenizer.end
@@ -329,27 +316,19 @@ def word_perplexity(r, s):
 @torch.no_grad()
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    of_senses = s.lexical or s.bias or s.topics or s.damage or s.swaps
-    if not of_senses and not s.words:
+    tasks = {"lexical": lexical, "bias": bias, "topics": topics, "damage": harm, "swaps": swaps}
+    tasks |= {"words": word_perplexity}
+    asked = {name: task for name, task in tasks.items() if getattr(s, name)}
+    if not asked:
         names = "--lexical=FOLDER, --bias, --topics, --damage=FILE, --swaps, --words"
         raise UserError(f"give one of {names}")
-    if s.lexical or s.bias:
+    if asked.keys() & {"lexical", "bias"}:
         require("scipy", "this experiment")  # before it begins
-    stimuli = read_stimuli(s.prompts)
-    r = open_run(s.run, s.device, senses=bool(of_senses))
+    s.stimuli = read_stimuli(s.prompts)
+    r = open_run(s.run, s.device, senses=asked.keys() != {"words"})
     print(f"{r.path}: {r.model.num_params():,} parameters, step {r.ckpt['step']}")
-    if s.lexical:
-        lexical(r.model, r.tokenizer, s)
-    if s.bias:
-        bias(r.model, r.tokenizer, stimuli, s)
-    if s.topics:
-        topics(r.model, r.tokenizer, stimuli, s)
-    if s.damage:
-        harm(r, s)
-    if s.swaps:
-        swaps(r, s)
-    if s.words:
-        word_perplexity(r, s)
+    for task in asked.values():
+        task(r, s)
 
 
 if __name__ == "__main__":
