@@ -4,8 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import replacing
+from configurator import UserError, expect_place, replacing
 from tokenizer import require
+
+
+def expect_picture(path):
+    """Ask before the work that a picture shows. UserError: one can't be drawn there, or at all."""
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"plot={path!r}: expected a .png, .svg or .pdf")
+    expect_place(path)
+    pyplot()
 
 
 def draw_bars(file, title, panels):

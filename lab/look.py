@@ -17,13 +17,12 @@ ten highest tokens are (see coherence): the most readable senses come first.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from configurator import UserError, configure, expect_place, run, write_text
-from lab.draw import draw_bars, draw_parts, pyplot
+from configurator import UserError, configure, expect_place, run
+from lab.draw import draw_bars, draw_parts, expect_picture
 from lab.edit import summary
 from sample import open_run
 from tokenizer import token_text, word_forms, word_id, word_ids
@@ -96,8 +95,7 @@ def directions(model):
 def coherence(model, tokenizer, top):
     """How alike the tokens are that each sense says, a measure of how readable it is: top (K,n) -> (K,).
 
-    The mean product of two of their directions; tokens of fewer than three letters count as unlike all
-    others.
+    The mean product of two of their directions; those of fewer than three letters are unlike all others.
     """
     n = top.size(1)
     letters = [len(re.findall(r"[^\W\d_]", tokenizer.decode([i]))) for i in top.flatten().tolist()]
@@ -152,14 +150,14 @@ def show_words(model, tokenizer, words, senses, n, shown=None):
     panels, columns = [], {}
     side_by_side = len(senses) == 1 and len(words) > 1
     for word in words:
-        ids = word_ids(tokenizer, word)
-        name = " ".join(token_text(tokenizer, i) for i in ids)
+        pieces = [token_text(tokenizer, i) for i in word_ids(tokenizer, word)]
         C = word_senses(model, tokenizer, word)  # (K,D)
         high, low = says(model, C, max(n, 10), shown)  # (K,n or 10) each
         alike = coherence(model, tokenizer, high.indices[:, :10])  # (K,)
         order = senses or alike.argsort(descending=True).tolist()
         if not side_by_side:
-            print(name if len(ids) == 1 else f"{name}: the mean of {len(ids)} tokens")
+            several = f": the mean of {len(pieces)} tokens" * (len(pieces) > 1)
+            print(" ".join(pieces) + several)
         for rank, l in enumerate(order):
             highest = ranked(tokenizer, high.values[l, :n], high.indices[l, :n])
             lowest = ranked(tokenizer, low.values[l, :n], low.indices[l, :n])
@@ -179,22 +177,22 @@ def show_words(model, tokenizer, words, senses, n, shown=None):
     return panels
 
 
-def show_similar(model, tokenizer, word, senses, n, shown=None):
-    """The tokens nearest to a word by each sense, by the mean of all cosines and by the least."""
-    cosines = similarity(model, word_senses(model, tokenizer, word))  # (V,K)
-    cosines[word_ids(tokenizer, word)] = -torch.inf
-    if shown is not None:
-        cosines[~shown] = -torch.inf
-    n = min(n, int(cosines[:, 0].isfinite().sum()))
-    columns = {f"sense {l}": cosines[:, l] for l in senses or range(cosines.size(1))}
-    if len(senses) != 1:
-        columns |= {"all (mean)": cosines.mean(1), "least": cosines.amin(1)}
-    print(word)
+def show_similar(model, tokenizer, words, senses, n, shown=None):
+    """The tokens nearest to each word by each sense, by the mean of all cosines and by the least."""
     panels = []
-    for name, column in columns.items():
-        nearest = ranked(tokenizer, *column.topk(n))
-        print(f"{name:>11}{fill(nearest, 2)}")
-        panels.append((f"{word}, {name}", nearest))
+    for word in words:
+        cosines = similarity(model, word_senses(model, tokenizer, word))  # (V,K)
+        cosines[word_ids(tokenizer, word)] = -torch.inf
+        if shown is not None:
+            cosines[~shown] = -torch.inf
+        columns = {f"sense {l}": cosines[:, l] for l in senses or range(cosines.size(1))}
+        if len(senses) != 1:
+            columns |= {"all (mean)": cosines.mean(1), "least": cosines.amin(1)}
+        print(word)
+        for name, column in columns.items():
+            nearest = ranked(tokenizer, *column.topk(min(n, int(column.isfinite().sum()))))
+            print(f"{name:>11}{fill(nearest, 2)}")
+            panels.append((f"{word}, {name}", nearest))
     return panels
 
 
@@ -207,16 +205,16 @@ def show_who(model, tokenizer, word, n, shown=None):
         scores[~shown] = -torch.inf
     top = scores.flatten().topk(min(n, int(scores.isfinite().sum())))
     pairs = [divmod(i, model.config.n_sense) for i in top.indices.tolist()]
-    bars = [f"{token_text(tokenizer, i)}, sense {l}" for i, l in pairs]
-    bars = list(zip(bars, top.values.tolist()))
+    names = [f"{token_text(tokenizer, i)}, sense {l}" for i, l in pairs]
+    bars = list(zip(names, top.values.tolist()))
     print("\n".join(f"{score:6.1f}  {name}" for name, score in bars))
     return [(f"who says {word}", bars)]
 
 
 def show_roles(model, tokenizer, n, shown=None, most=1000):
     """What a sense does whatever the word, over the words a BPE learned first: the frequent ones."""
-    V = model.config.vocab_size
-    words = [i for i in range(V) if re.fullmatch(" [a-z]{4,}", tokenizer.decode([i]))]
+    ids = range(model.config.vocab_size)
+    words = [i for i in ids if re.fullmatch(" [a-z]{4,}", tokenizer.decode([i]))]
     if not words:
         raise UserError("--roles wants words of four letters or more, and no token here is one")
     idx = torch.tensor(words[:most], device=model.wte.weight.device)  # (N,)
@@ -301,12 +299,10 @@ def main(argv):
     for key in sources.keys() - here:
         view = "the page" if s.html else asked[0]
         raise UserError(f"{key} has no effect on {view}: leave it out")
-    if s.plot and Path(s.plot).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"plot={s.plot!r}: expected a .png, .svg or .pdf")
-    for path in filter(None, (s.plot, s.html)):
-        expect_place(path)
     if s.plot:
-        pyplot()  # now, if it is not there
+        expect_picture(s.plot)
+    if s.html:
+        expect_place(s.html)
     r = open_run(s.run, s.device, s.edits, s.edit)
     model, tokenizer = r.model, r.tokenizer
     K, V = model.config.n_sense, model.config.vocab_size
@@ -318,11 +314,9 @@ def main(argv):
     shown = None if s.pieces else whole_words(tokenizer, V)  # (V,)
     with_edits = f" with {summary(r.edits)}" if r.edits else ""
     if s.html:
-        from lab.page import page
+        from lab.page import write_page
 
-        write_text(s.html, page(r, words, s.text))
-        size = Path(s.html).stat().st_size / 1e6
-        return print(f"wrote {s.html}, {size:.1f} MB: open it in a browser")
+        return write_page(s.html, r, words, s.text)
     if s.text:
         title, *parts = show_text(model, tokenizer, s.text, s.target, s.against, min(s.top, V))
         return draw_parts(s.plot, title + with_edits, *parts) if s.plot else None
@@ -335,9 +329,8 @@ def main(argv):
         title = f"What the senses of {', '.join(words)} say"
         panels = show_words(model, tokenizer, words, senses, s.top, shown)
     else:
-        title, panels = f"Tokens nearest to {', '.join(alike)}", []
-        for word in alike:
-            panels += show_similar(model, tokenizer, word, senses, min(s.top, V), shown)
+        title = f"Tokens nearest to {', '.join(alike)}"
+        panels = show_similar(model, tokenizer, alike, senses, s.top, shown)
     if s.plot:
         draw_bars(s.plot, title + with_edits, panels)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import read_json, read_text
+from configurator import read_json, read_text, write_text
 from lab.change import next_p
 from lab.control import STRENGTHS, sense_peaks
 from lab.edit import make_edits, peaks_progress, summary
@@ -143,6 +143,11 @@ def page(r, words=(), text=""):
     )
     html = with_data(html, data)
     return html if len(html.encode()) <= LIMIT else table_page(r, words, text)
+
+
+def write_page(path, r, words, text):
+    write_text(path, page(r, words, text))
+    print(f"wrote {path}, {Path(path).stat().st_size / 1e6:.1f} MB: open it in a browser")
 
 
 def with_data(html, data):
