@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import configurator
-from configurator import UsageError, UserError, changed, configure, hold, run
+from configurator import UsageError, UserError, changed, configure, run
 from data.corpora import BUILT_IN, input_files, keep_apart, own_origin, own_text, plays
+from files import hold, parse_json, read_json, read_text, write_text
 from tokenizer import KINDS, UNKNOWN, learn, load_tokenizer, token_dtype
 
 
@@ -170,7 +170,7 @@ def write_tokens(folder, source, state, dtype, num_proc):
             bar.set_postfix_str(f"{rate:.1f} MB/s")
             if time.time() - saved > SAVE_EVERY:
                 sync(train, val)
-                configurator.write_text(folder / "progress.json", json.dumps(state))
+                write_text(folder / "progress.json", json.dumps(state))
                 saved = time.time()
         sync(train, val)
     return lengths
@@ -187,7 +187,7 @@ def finish(folder, meta):
     """Rename all files to their final names."""
     # A folder without meta.json is no dataset. So it is removed first and comes back last: at any
     # moment the folder holds the old dataset, none, or the new one.
-    configurator.write_text(folder / "meta.json.partial", json.dumps(meta))
+    write_text(folder / "meta.json.partial", json.dumps(meta))
     (folder / "meta.json").unlink(missing_ok=True)
     for name in FILES:
         (folder / f"{name}.partial").replace(folder / name)
@@ -201,7 +201,7 @@ def is_made(folder, origin):
         return False
     path, made = folder / ("meta.json" if "meta.json" in there else "meta.json.partial"), {}
     if path.exists():
-        made = configurator.read_json(path, {"source?": dict}).get("source") or {}
+        made = read_json(path, {"source?": dict}).get("source") or {}
     for key in made | origin:
         if made.get(key) != origin.get(key):
             what = f"found {key}={made.get(key)!r}, expected {origin.get(key)!r}"
@@ -217,7 +217,7 @@ def saved_progress(folder, origin):
         return None
     shape = {"source": dict, "spec": dict, "unseen": str, "counts": dict.fromkeys(COUNTS, int)}
     where = f"{path} (remove it to start over)"
-    state = configurator.parse_json(configurator.read_text(path), shape, where)
+    state = parse_json(read_text(path), shape, where)
     counts, dtype = state["counts"], token_dtype(load_tokenizer(state["spec"], where).vocab_size)
     fits = state["source"] == origin and min(counts[key] for key in COUNTS) >= 0
     for split in ("train", "val"):
@@ -279,7 +279,7 @@ def given_tokenizer(kind):
         return {"kind": "gpt2"} if kind == "gpt2" else None
     path, run = Path(kind) / "meta.json", Path(kind) / "ckpt.pt"
     if path.is_file():
-        spec = configurator.read_json(path, {"tokenizer": dict})["tokenizer"]
+        spec = read_json(path, {"tokenizer": dict})["tokenizer"]
     elif run.is_file():
         from model import load_checkpoint  # imports torch, which nothing else here needs
 

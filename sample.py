@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import configurator  # isort: skip  # before torch, for which it sets the environment
 import torch
 
-from configurator import UserError, configure, read_text
+from configurator import UserError, configure
+from files import read_text
 from hardware import Dtype, autocast, pick_device, pick_dtype
 from model import Backpack, load_checkpoint
 from tokenizer import load_tokenizer

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, expect, replacing, short
+from configurator import UserError, short
+from files import expect, replacing
 
 END = "<|endoftext|>"
 BPE_TRAIN_CHARS = 10**9  # learn a bpe from at most this much of the training text

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import hardware
-from configurator import UserError, changed, configure, expect, hold, read_json, read_jsonl
+from configurator import UserError, changed, configure
+from files import expect, hold, read_json, read_jsonl, replacing, write_text
 from hardware import Dtype, activation_bytes, autocast, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, load_checkpoint
 from muon import Muon
@@ -245,7 +246,7 @@ def share_at(s, step, device="cpu"):
 
 def save_checkpoint(path, value):
     """At any moment path holds a whole checkpoint. UserError: this one could not be written."""
-    with configurator.replacing(path) as file:
+    with replacing(path) as file:
         try:
             torch.save(value, file)
         except RuntimeError as error:  # torch's word for a full disk
@@ -276,7 +277,7 @@ def cut_metrics(path, step):
     """Drop what a stopped run logged after its checkpoint: later steps, half a line, its evaluation."""
     records = read_jsonl(path, {"step": int}, is_log=True) if path.exists() else []
     kept = [r for r in records if r["step"] < step or (r["step"] == step and "loss" in r)]
-    configurator.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def main(argv):
@@ -480,7 +481,7 @@ def train(s, sources, stop):
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
         about = asdict(config) | settings | {"torch": torch.__version__}
-        configurator.write_text(out / "config.json", json.dumps(about, indent=1))
+        write_text(out / "config.json", json.dumps(about, indent=1))
         metrics = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
 
     def log(**figures):

@@ -15,7 +15,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UsageError, UserError, parse_json
+from configurator import UsageError, UserError
+from files import parse_json
 from tokenizer import pip_wheel, require
 
 TEXT = (".txt", ".text", ".md", ".jsonl")  # taken from a folder, also as .gz, .xz or .zst

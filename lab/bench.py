@@ -27,6 +27,7 @@ import configurator
 import hardware
 import train
 from configurator import UserError, configure
+from files import write_text
 from hardware import Dtype, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, contextualize, load_checkpoint, sum_senses
 
@@ -168,7 +169,7 @@ def training(s, one, flops):
         for _ in took:
             step()
     if s.profile:
-        configurator.write_text(s.profile, "")  # torch says nothing if it can't be written
+        write_text(s.profile, "")  # torch says nothing if it can't be written
         trace.export_chrome_trace(s.profile)
     rows = [row for row in trace.key_averages() if not row.is_user_annotation]
     kernels = [row for row in rows if row.device_type == DeviceType.CUDA]
@@ -326,7 +327,7 @@ def main(argv):
     result = measure(s)
     print(table(result))
     if s.json:
-        configurator.write_text(s.json, json.dumps(result, indent=1))
+        write_text(s.json, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

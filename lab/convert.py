@@ -22,7 +22,8 @@ from typing import Literal
 
 import torch
 
-from configurator import UserError, checked, configure, hold, read_json, read_jsonl, run, write_text
+from configurator import UserError, checked, configure, run
+from files import hold, read_json, read_jsonl, write_text
 from lab.edit import expect_edits
 from lab.export import cast, export, from_transformers
 from lab.layouts import LAYOUTS, TRANSFORMERS, detect, infer_config, to_ours

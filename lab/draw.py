@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, expect_place, replacing
+from configurator import UserError
+from files import expect_place, replacing
 from tokenizer import require
 
 

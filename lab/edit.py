@@ -27,17 +27,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import (
-    UserError,
-    configure,
-    expect,
-    expect_place,
-    parse_json,
-    printable,
-    read_text,
-    run,
-    write_text,
-)
+from configurator import UserError, configure, printable, run
+from files import expect, expect_place, parse_json, read_text, write_text
 from lab.change import validation_tokens
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
 from lab.teach import read_examples, teach

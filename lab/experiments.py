@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, configure, expect, read_json, read_text, run
+from configurator import UserError, configure, run
+from files import expect, read_json, read_text
 from lab.change import damage, document_windows, validation_tokens, validation_windows
 from lab.control import STRENGTHS
 from lab.edit import make_edits, read_edits

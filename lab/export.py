@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, expect, read_json, read_text, write_text
+from configurator import UserError
+from files import expect, read_json, read_text, write_text
 from lab.edit import describe, make_edits, read_edits
 from lab.layouts import published_config, to_layout
 from model import Backpack

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from configurator import UserError, configure, expect_place, run
+from configurator import UserError, configure, run
+from files import expect_place
 from lab.draw import draw_bars, draw_parts, expect_picture
 from lab.edit import summary
 from sample import open_run

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import read_json, read_text, write_text
+from files import read_json, read_text, write_text
 from lab.change import next_p
 from lab.control import STRENGTHS, sense_peaks
 from lab.edit import make_edits, peaks_progress, summary

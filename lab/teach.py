@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, printable, read_jsonl
+from configurator import UserError, printable
+from files import read_jsonl
 from lab.change import change, divergence, log_p, validation_windows
 from lab.control import Edits
 from tokenizer import token_text

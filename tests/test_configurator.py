@@ -15,13 +15,7 @@ import configurator
 import prepare_data
 import sample
 import train
-from configurator import (
-    UsageError,
-    UserError,
-    changed,
-    configure,
-    run,
-)
+from configurator import UsageError, UserError, changed, configure, run
 from hardware import peak_memory, pick_device, pick_dtype
 from model import BackpackConfig, CheckpointError
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import sample
 import train
-from configurator import UserError, hold
+from configurator import UserError
+from files import hold
 from lab import convert, experiments, export
 from lab.edit import make_edits, parse, read_edits
 from lab.layouts import LAYOUTS, module_names, to_layout, to_ours

@@ -23,8 +23,9 @@ import torch
 from conftest import ROOT, lines
 
 import prepare_data
-from configurator import UserError, hold, run
+from configurator import UserError, run
 from data import corpora
+from files import hold
 from model import load_checkpoint
 from tokenizer import (
     GPT2_WHEEL,

@@ -494,7 +494,7 @@ def test_a_swap_from_a_word_without_an_embedding():
         edited(model, "swap a: b -> c")
 
 
-def test_the_lab_reads_and_writes_text_by_configurator():
+def test_the_lab_reads_and_writes_text_by_files():
     """... in UTF-8, whatever the locale, and whole or not at all."""
     for path in (ROOT / "lab").rglob("*.py"):
         text = path.read_text(encoding="utf-8").replace("about.read_text()", "")  # of /proc

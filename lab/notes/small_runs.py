@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 import train
-from configurator import UserError, configure, replacing, run
+from configurator import UserError, configure, run
+from files import replacing
 from lab.change import validation_tokens
 from model import Backpack
 from sample import open_run
