@@ -158,12 +158,9 @@ def word_ids(tokenizer, word):
     No space is added for a char vocabulary, nor where one (or the dot that we print) is there, nor for a
     "word" in double quotes, which stands for exactly what they enclose. UserError: it is empty.
     """
-    if is_quoted(word):
-        text = word[1:-1]
-    else:
-        text = (
-            word if tokenizer.end is None else " " + word.removeprefix("\u00b7").removeprefix(" ")
-        )
+    text = word[1:-1] if is_quoted(word) else word
+    if text is word and tokenizer.end is not None:
+        text = " " + word.removeprefix("\u00b7").removeprefix(" ")
     ids = tokenizer.encode(text).tolist()
     if not ids or not word.strip():
         raise UserError(f"{short(word)} is not a word")
@@ -223,9 +220,8 @@ def learn(kind, vocab_size, source):
     for piece in source():
         (val_chars if piece.is_val else train_chars).update(piece.text)
     if not train_chars:
-        raise UserError(
-            "found no text to learn from: add some, or change documents and val_fraction"
-        )
+        hint = "add some, or change documents and val_fraction"
+        raise UserError(f"found no text to learn from: {hint}")
     unseen = "".join(sorted(val_chars - train_chars))
     if unseen:
         train_chars.add(UNKNOWN)

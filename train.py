@@ -30,7 +30,7 @@ from configurator import UserError, changed, configure
 from files import expect, hold, read_json, read_jsonl, replacing, write_text
 from hardware import Dtype, activation_bytes, autocast, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, load_checkpoint
-from muon import Muon
+from optimizers import load_optimizer, make_optimizers
 from tokenizer import load_tokenizer, vocabulary_size
 
 # ---- settings
@@ -50,12 +50,10 @@ class Settings(BackpackConfig):
     batch_size: int = 16  # [1, 1e6] sequences per rank and micro-batch
     max_iters: int = 100000  # [1, 1e9] optimizer steps
     learning_rate: float = 6e-4  # (0, 1e6] the highest, after warm-up
-    schedule: Literal["linear", "cosine"] = (
-        "linear"  # decay to min_lr after warm-up: linear (paper) or cosine
-    )
+    schedule: Literal["linear", "cosine"] = "linear"  # decay to min_lr, linear (paper) or cosine
     warmup_iters: int = 5000  # [0, 1e9] steps of linear warm-up
     min_lr: float = 0.0  # [0, 1e6] at the end
-    muon_lr: float = 0.0  # [0, 1e6] of matrices, by Muon (see muon.py); 0: AdamW for them, too
+    muon_lr: float = 0.0  # [0, 1e6] of matrices, by Muon (optimizers.py); 0: AdamW for them, too
     weight_decay: float = 0.1  # [0, 100] of matrices; not of biases, norms and embeddings
     beta1: float = 0.9  # [0, 1) of AdamW
     beta2: float = 0.999  # [0, 1) of AdamW
@@ -214,15 +212,7 @@ def val_size(tokens, starts, block_size, meta):
     return n_tokens, n_tokens / n_bytes / math.log(2) if n_bytes else None
 
 
-# ---- optimizers and schedules
-
-
-def make_optimizers(model, s, device):
-    """{name in a checkpoint: optimizer}: AdamW, and with muon_lr Muon for the matrices."""
-    matrices, rest = model.param_groups(s.weight_decay)
-    options = {"betas": (s.beta1, s.beta2), "fused": device.type in ("cuda", "cpu", "mps")}
-    adamw = torch.optim.AdamW([rest] if s.muon_lr else [matrices, rest], s.learning_rate, **options)
-    return {"optimizer": adamw} | ({"muon": Muon([matrices], s.muon_lr)} if s.muon_lr else {})
+# ---- schedules
 
 
 def lr_at(s, step):
@@ -251,26 +241,6 @@ def save_checkpoint(path, value):
             torch.save(value, file)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(f"is the disk full? {str(error).splitlines()[0]}") from None
-
-
-def load_optimizer(optimizer, saved, out):
-    """Load the moments of a run's checkpoint; the settings stay the optimizer's. UserError: no fit."""
-    groups = optimizer.state_dict()["param_groups"]
-    params = enumerate(p for group in optimizer.param_groups for p in group["params"])
-    names = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
-    want = {i: {name: () if name == "step" else p.shape for name in names} for i, p in params}
-    try:
-        state = saved["state"]
-        found = {i: {name: v.shape for name, v in moments.items()} for i, moments in state.items()}
-    except (KeyError, TypeError, AttributeError):
-        found = None
-    if found not in ({}, want):
-        what = f"{out}: the state of its optimizer does not fit its weights"
-        raise UserError(f"{what}: start another run from these with --init_from={out}")
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for p, moments in optimizer.state.items():  # in memory of their own, not pages of the file
-        for name, value in moments.items():
-            moments[name] = torch.empty_like(p if value.dim() else value).copy_(value)
 
 
 def cut_metrics(path, step):

@@ -11,10 +11,8 @@ dataset = "simplewiki"
 block_size = 256
 n_layer, n_head, n_embd, n_sense = 4, 5, 160, 16
 n_qk = 32  # the paper's n_embd / n_sense would be only 10 here
-sense_mlp_ratio, sense_out_ratio = (
-    1,
-    2,
-)  # with 4, half of all parameters would be in the sense network
+# with 4, half of all parameters would be in the sense network
+sense_mlp_ratio, sense_out_ratio = 1, 2
 init_std = 0.07  # about n_embd ** -0.5
 
 tokens_per_step = 16 * 256

@@ -23,13 +23,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 
-import configurator
 import hardware
 import train
-from configurator import UserError, configure
+from configurator import UserError, configure, run
 from files import write_text
 from hardware import Dtype, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, contextualize, load_checkpoint, sum_senses
+from optimizers import make_optimizers
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Variant:
         self.model = (Dense if name == "dense" else Backpack)(config).to(self.device)
         compiled = self.device.type == "cuda" if s.compile is None else s.compile
         self.net = torch.compile(self.model) if compiled and name != "dense" else self.model
-        self.optimizers = train.make_optimizers(self.model, self.settings, self.device)
+        self.optimizers = make_optimizers(self.model, self.settings, self.device)
         self.rng = np.random.default_rng(0)
 
     def batch(self):
@@ -118,8 +118,7 @@ class Variant:
 
     def step(self, x, y, distinct):
         if self.net is not self.model:
-            # one graph for any number of distinct tokens
-            torch._dynamo.mark_dynamic(distinct[0], 0)
+            torch._dynamo.mark_dynamic(distinct[0], 0)  # one graph for any number of tokens
         share = train.share_at(self.settings, 0, self.device)
         with self.amp:
             loss = self.net(x, y, distinct=distinct, transformer_share=share)[1]
@@ -267,7 +266,7 @@ def peak_of(s, name):
 
 def measure(s):
     """All figures, as a dict that can be written as JSON."""
-    names = ["backpack", "transformer", "dense"] if s.dense else ["backpack", "transformer"]
+    names = ["backpack", "transformer"] + ["dense"] * s.dense
     one, peaks = Variant(s, "backpack"), {}
     if not one.model.config.n_sense:
         raise UserError("n_sense=0 has no senses to measure: give a Backpack's config")
@@ -276,8 +275,7 @@ def measure(s):
             peaks[name] = process.submit(peak_of, s, name).result()
     variants = {"backpack": one} | {name: Variant(s, name) for name in names[1:]}
     x, _, (ids, _) = one.batch()
-    share = len(ids) / x.numel()
-    flops = {v: variants[v].flops_per_token(share) for v in names[:2]}
+    flops = {v: variants[v].flops_per_token(len(ids) / x.numel()) for v in names[:2]}
     floor = flops["backpack"] / flops["transformer"]
     how = f"{one.dtype}, {'eager' if one.net is one.model else 'compiled'}, dropout {s.dropout}"
     size = f"batch of {tuple(x.shape)} tokens, {len(ids)} of them distinct, FLOP floor {floor:.3f}"
@@ -292,8 +290,7 @@ def measure(s):
         "bytes": peaks,
     }
     for what in ("step", "forward"):
-        # in pairs: whatever runs after the dense formula, which frees much memory, is slower
-        for name in names[1:]:
+        for name in names[1:]:  # in pairs: what runs after the dense formula is slower
             pair = {"backpack": one, name: variants[name]}
             timers = {v: partial(seconds, one.device, getattr(pair[v], what)) for v in pair}
             result["seconds"][f"{what}, {name}"] = take_turns(s, timers, one.batch)
@@ -331,4 +328,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    run(main)

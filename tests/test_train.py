@@ -653,7 +653,7 @@ def test_scratch_over_a_run(run_train):
 
 def test_a_run_folder_is_held_by_one_process(run_train, data_dir, tmp_path):
     holder = (
-        "import sys, time; from configurator import hold\n"
+        "import sys, time; from files import hold\n"
         "with hold(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonal
+from optimizers import Muon, orthogonal
 
 SHAPES = [(8, 8), (40, 8), (8, 40)]
 
