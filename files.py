@@ -114,13 +114,13 @@ def replacing(path):
 
 def expect_place(path):
     """Ask before long work whose result goes to path. UserError: replacing could not write it there."""
-    path = Path(os.path.realpath(path))
-    folder = next(parent for parent in path.parents if parent.exists())
-    what = f"{path} is a folder" if path.is_dir() else f"{folder} is no folder"
-    if folder.is_dir() and not path.is_dir():
+    real = Path(os.path.realpath(path))
+    folder = next(parent for parent in real.parents if parent.exists())
+    what = "it is a folder" if real.is_dir() else f"{folder} is no folder"
+    if folder.is_dir() and not real.is_dir():
         what = "" if os.access(folder, os.W_OK) else f"{folder} must not be written"
     if what:
-        raise UserError(f"{what}: choose another place")
+        raise UserError(f"{path}: {what}: choose another place")
 
 
 def write_text(path, text):

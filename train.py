@@ -156,6 +156,17 @@ def run_problems(s, ckpt, init, out):
 # ---- data
 
 
+def read_tokens(path, dtype, n=None):
+    """The n token ids of a .bin file, or all, memory-mapped. UserError: it is not there, or cut."""
+    dtype = np.dtype(dtype).newbyteorder("<")
+    size = path.stat().st_size if path.exists() else 0
+    n = size // dtype.itemsize if n is None else n
+    if size != n * dtype.itemsize or not n:
+        what = f"found {size} bytes, expected {n} tokens of {dtype.itemsize}"
+        raise UserError(f"{path}: {what}: make the dataset again")
+    return np.memmap(path, dtype, "r")
+
+
 def load_data(data_dir, dataset):
     """(train, val) token ids, memory-mapped, and meta.json of a dataset. UserError: it is not there."""
     folder = Path(data_dir) / dataset
@@ -170,12 +181,7 @@ def load_data(data_dir, dataset):
         what = f"found vocab_size={meta['vocab_size']}, expected {rows} as its tokenizer has"
         raise UserError(f"{folder}: {what}: make the dataset again")
     for split in ("train", "val"):
-        path, dtype = folder / f"{split}.bin", np.dtype(meta["dtype"]).newbyteorder("<")
-        size, n = path.stat().st_size if path.exists() else 0, meta[f"{split}_tokens"]
-        if size != n * dtype.itemsize or not n:
-            what = f"found {size} bytes, expected {n} tokens of {dtype.itemsize}"
-            raise UserError(f"{path}: {what}: make the dataset again")
-        parts.append(np.memmap(path, dtype, "r"))
+        parts.append(read_tokens(folder / f"{split}.bin", meta["dtype"], meta[f"{split}_tokens"]))
     return *parts, meta
 
 

@@ -4,21 +4,24 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from train import get_batch, load_data
+from files import expect
+from train import get_batch, load_data, read_tokens
 
 
 def validation_tokens(r, dataset, data_dir):
-    """The tokens of val.bin (N,) of a dataset, or of the run's own; r: from open_run.
+    """Token ids of other text (N,): val.bin of a dataset, else the run folder's, else of the run's dataset.
 
-    UserError: there is no such dataset, or it was made with another tokenizer than the run's.
+    r: from open_run. UserError: there is none, or it was made with another tokenizer than the run's.
     """
-    dataset = dataset or r.ckpt["settings"].get("dataset")
-    if not dataset:
-        raise UserError(
-            f"{r.path} has no dataset of its own: give --dataset=NAME, made by prepare_data.py "
-            f"with --tokenizer={r.path}"
-        )
-    _, tokens, meta = load_data(data_dir, dataset)
+    own = (r.path if r.path.is_dir() else r.path.parent) / "val.bin"  # the shipped model has one
+    if not dataset and own.exists():
+        meta = expect(r.ckpt["meta"], {"dtype": {"uint16", "uint32"}}, f"{r.path}, meta")
+        tokens = read_tokens(own, meta["dtype"])
+    elif dataset := dataset or r.ckpt["settings"].get("dataset"):
+        _, tokens, meta = load_data(data_dir, dataset)
+    else:
+        hint = f"made by prepare_data.py with --tokenizer={r.path}"
+        raise UserError(f"{r.path} has no dataset of its own: give --dataset=NAME, {hint}")
     if meta["tokenizer"] != r.ckpt["meta"]["tokenizer"]:
         raise UserError(f"{dataset} has another vocabulary than {r.path}")
     if tokens.max() >= r.model.config.vocab_size:
@@ -30,7 +33,7 @@ def validation_tokens(r, dataset, data_dir):
 def validation_windows(r, tokens, n):
     """At most n windows of T + 1 tokens (n,T+1), apart, over validation tokens."""
     T = r.model.config.block_size
-    n = min(n, max(4, (len(tokens) - 1) // T))  # four have to be: to learn from, to stop, to report
+    n = min(n, max(13, (len(tokens) - 1) // T))  # lab/teach.py shares out thirteen, if they overlap
     if len(tokens) <= T:
         raise UserError(f"the dataset has {len(tokens)} tokens for validation: expected {T + 1}")
     starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)

@@ -58,17 +58,17 @@ class Settings:
     edit: str = ""  # to add: "scale river 4 0; swap Chicago: Illinois -> Texas; topic sports 2"
     remove: int | None = None  # [1, 1e9] with edits: the number of an edit to remove
     teach: str | None = None  # learn vectors from a file of {"prompt", "good"}, see lab/teach.py
-    n_vector: int = 10  # [1, 1e4] with teach: how many to learn
+    n_vector: int | None = None  # [1, 1e4] with teach: how many to learn; None: two an example
     enough: float = 0.5  # [0, 1] with teach: end when all good ends are at least this probable
     max_kl: float = 0.002  # [0, 100] with teach: ... or before other text changes more, in nats
-    kl_weight: float = 1.0  # [0, 1e6] with teach: weight of that change in the loss
+    kl_weight: float = 30.0  # [0, 1e6] with teach: weight of that change in the loss
     elsewhere: float = 1000.0  # [0, 1e9] with teach: how much use elsewhere speaks against a vector
-    learning_rate: float = 0.03  # (0, 100] with teach: of Adam
+    learning_rate: float = 0.05  # (0, 100] with teach: of Adam
     steps: int = 150  # [1, 1e6] with teach: at most
     compare: bool = False  # with teach: also finetune a copy of all weights, and report on both
     dataset: str | None = None  # with teach: its val.bin is other text; None: the run's own
     data_dir: str = "data"  # with teach: where datasets lie
-    n_window: int = 256  # [16, 1e5] with teach: windows of other text, half of them for the report
+    n_window: int = 208  # [13, 1e5] with teach: windows of other text, 8 of 13 for the report
     seed: int = 1337  # [0, 4294967295] with teach: of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
 

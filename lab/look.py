@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from configurator import UserError, configure, run
+from configurator import UserError, configure, run, short
 from files import expect_place
 from lab.draw import draw_bars, draw_parts, expect_picture
 from lab.edit import summary
@@ -310,7 +310,8 @@ def main(argv):
     senses = [part.strip() for part in s.sense.split(",")] if s.sense else []
     for l in senses:
         if not l.isdecimal() or int(l) >= K:
-            raise UserError(f"sense={s.sense!r}: found {l!r}, expected 0 to {K - 1} of {K} senses")
+            what = f"found {short(l)}, expected 0 to {K - 1} of {K} senses"
+            raise UserError(f"sense={short(s.sense)}: {what}")
     senses = [int(l) for l in senses]
     shown = None if s.pieces else whole_words(tokenizer, V)  # (V,)
     with_edits = f" with {summary(r.edits)}" if r.edits else ""

@@ -8,6 +8,7 @@ name, or its rarest word); "keep", a list of prompts that shall go on as before.
 import contextlib
 import copy
 import itertools
+import math
 import re
 from collections import Counter
 
@@ -35,9 +36,7 @@ def read_examples(path):
         subject = example.get("subject") or ""
         given = [example.get(key) for key in ("prompt", "good", "bad", "subject")]
         if "" in [*given, *(example.get("keep") or [])]:
-            what = (
-                "found an empty text, expected a prompt and good, and what else is there not empty"
-            )
+            what = "found an empty text, expected a prompt, a good end and no other empty text"
             raise UserError(f"{path}, example {n}: {what}")
         whole = rf"(?<!\w){re.escape(subject)}(?!\w)"
         if subject and not re.search(whole, example["prompt"]):
@@ -145,35 +144,15 @@ def moved(edits, tokens, senses, delta):
 # ---- teaching
 
 
-def encode_example(model, tokenizer, prompt, end, path):
-    """(ids (T,) of prompt and end, index of the end's first token). UserError: they are too long."""
-    space = "" if prompt[-1].isspace() or end[0].isspace() else " "
-    try:
-        start = tokenizer.encode(prompt).tolist()
-        ids = start + tokenizer.encode(space + end).tolist()
-    except UserError as error:  # a character that the vocabulary lacks
-        raise UserError(f"{path}: {prompt[:40]!r}: {error}") from None
-    most = model.config.block_size
-    if len(ids) > most:
-        raise UserError(
-            f"{path}: {prompt[:40]!r}... is longer than block_size={most} tokens: expected less"
-        )
-    return torch.tensor(ids, device=model.wte.weight.device), len(start)
-
-
 class Lesson:
     """Examples, near misses and other text as token ids, for one model as the edits base leave it.
 
-    Training sees the near misses near[0::2] and the windows known; `stop` decides when it ends; near[1::2]
-    and `unseen` are for the report.
+    Training sees the near misses near[0::2] and the windows known; near[1::2] and unseen are for the report.
     """
 
     def __init__(self, r, examples, tokens, s):
-        self.model, self.base, self.s, self.examples = r.model, r.model.edits, s, examples
-
-        def encode(prompt, end):
-            return encode_example(r.model, r.tokenizer, prompt, end, s.teach)
-
+        self.model, self.tokenizer, self.base = r.model, r.tokenizer, r.model.edits
+        self.s, self.examples, encode = s, examples, self.encode
         # how often each word stands in other text
         counts = Counter(re.findall(r"\w+", r.tokenizer.decode(tokens[:1_000_000].tolist())))
         self.goods = [encode(e["prompt"], e["good"]) for e in examples]
@@ -189,8 +168,20 @@ class Lesson:
             for prompt in example.get("keep") or []:  # for training and for the report
                 self.near += 2 * [encode(prompt, example["good"])]
         text = validation_windows(r, tokens, s.n_window)  # (n,T+1)
-        self.known, self.stop = text[0::4], text[1::16]
-        self.unseen = torch.cat([text[2::4], text[3::4]])
+        turn = torch.arange(len(text), device=r.device) % 13  # 80 and 128 of 208 windows
+        self.known, self.unseen = text[turn < 5], text[turn > 4]
+
+    def encode(self, prompt, end):
+        """(ids (T,) of prompt and end, index of the end's first token). UserError: they are too long."""
+        space, path = "" if prompt[-1].isspace() or end[0].isspace() else " ", self.s.teach
+        try:
+            start, ends = (self.tokenizer.encode(text).tolist() for text in (prompt, space + end))
+        except UserError as error:  # a character that the vocabulary lacks
+            raise UserError(f"{path}: {prompt[:40]!r}: {error}") from None
+        if len(start + ends) > (most := self.model.config.block_size):
+            what = f"is longer than block_size={most} tokens: expected less"
+            raise UserError(f"{path}: {prompt[:40]!r}... {what}")
+        return torch.tensor(start + ends, device=self.model.wte.weight.device), len(start)
 
     def before(self, idx):
         return log_p(self.model, idx, self.base)
@@ -201,86 +192,96 @@ class Lesson:
         each = after(ids[None, :-1])[0].gather(1, ids[1:, None])  # (T-1,1)
         return each[first - 1 :].sum()
 
+    def kl(self, after, idx):
+        """KL(before || after) of the next token: idx (B,T) -> (B,T)."""
+        with torch.no_grad():
+            before = self.before(idx)  # (B,T,V)
+        return divergence(before, after(idx))
+
     def near_kl(self, after, encoded):
         """KL(before || after) of what follows a near miss, a scalar."""
-        idx = encoded[0][None, : encoded[1]]  # (1,T)
-        with torch.no_grad():
-            p = self.before(idx)[0, -1]  # (V,)
-        return divergence(p, after(idx)[0, -1])
+        ids, first = encoded
+        return self.kl(after, ids[None, :first])[0, -1]
 
-    def learn(self, params, after, learning_rate, title):
+    def learn(self, params, after, learning_rate, title, moved=None):
         """Change params, by Adam, so that good ends become likely and all else stays as it is.
 
-        after: a function of idx to log-probabilities, which depend on params. It ends when every good end
-        has the probability s.enough, or when the windows `stop` change by more than s.max_kl: then params go
-        back as far as needed.
+        after: a function of idx to log-probabilities, which depend on params; moved: the only tokens whose
+        senses do. It ends when every good end has the probability s.enough, or when the windows known change
+        by more than s.max_kl: then params go back as far as needed.
         """
-        s, optimizer = self.s, torch.optim.Adam(params, learning_rate)
+        s, known = self.s, self.known
+        # without momentum, which would go on beyond what is enough
+        optimizer = torch.optim.Adam(params, learning_rate, betas=(0.0, 0.999))
+        if moved is not None:  # a text without these tokens stays exactly as it is
+            known = known[torch.isin(known[:, :-1], moved).any(1)]  # (m,T+1)
+        share = len(known) / len(self.known)
+
+        def drawn(n):
+            return torch.randperm(n, generator=random)[:4].tolist()
+
+        def kl_known():
+            return share * change(self.before, after, known)[0] if share else 0.0
+
+        goal = math.log((1 + s.enough) / 2)  # what is said more than that needs no more pushing
         random, near = torch.Generator(), self.near[::2]
         progress = tqdm(range(1, s.steps + 1), title)
         for step in progress:
             if step % 10 == 1:  # where it can go back to
                 safe = [p.detach().clone() for p in params]
             said = torch.stack([self.said(after, good) for good in self.goods])  # (examples,)
-            loss = -said.sum()
-            for bad, good in zip(self.bads, said):
-                if bad is not None:
-                    loss = loss + F.softplus(self.said(after, bad) - good)
+            pairs = [(self.said(after, bad), good) for bad, good in zip(self.bads, said) if bad]
+            loss = sum(F.softplus(bad - good) for bad, good in pairs) - said.clamp(max=goal).sum()
             random.manual_seed(s.seed + step)
-            x = self.known[torch.randint(len(self.known), (4,), generator=random), :-1]  # (4,T)
-            with torch.no_grad():
-                p = self.before(x)  # (4,T,V)
-            kept = divergence(p, after(x)).mean()
-            for i in torch.randperm(len(near), generator=random)[:4].tolist():
-                kept = kept + self.near_kl(after, near[i]) / 4
-            loss = loss / len(self.goods) + s.kl_weight * kept
+            kept = [self.near_kl(after, near[i]) / 4 for i in drawn(len(near))]
+            if share:
+                x = known[drawn(len(known)), :-1]  # (4,T)
+                kept.append(share * self.kl(after, x).mean())
+            loss = loss / len(self.goods) + s.kl_weight * sum(kept)
             for p, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
                 p.grad = grad
             optimizer.step()
             least = said.exp().min().item()  # before this update
             if step % 10 == 0 or step == s.steps or least >= s.enough:
-                kl, *_ = change(self.before, after, self.stop)
+                kl = kl_known()
                 progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
                 if not kl <= s.max_kl:  # nan is not
-                    self.go_back(params, safe, after)
-                    break
-                if least >= s.enough:
+                    self.go_back(params, safe, kl_known)
+                if not kl <= s.max_kl or least >= s.enough:
                     break
         progress.close()
 
     @torch.no_grad()
-    def go_back(self, params, safe, after):
-        """Move params toward safe until `stop` changes by at most s.max_kl."""
-        last, share = [p.clone() for p in params], 0.0  # of the way from safe to last
-
-        def move_to(share):
+    def go_back(self, params, safe, kl_known):
+        """Halve the way that params went from safe, until the windows known change by at most s.max_kl."""
+        last = [p.clone() for p in params]
+        for share in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 0):
             for p, here, there in zip(params, safe, last):
                 p.copy_(torch.lerp(here, there, share) if share else here)  # there may be nan
-
-        for step in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32):
-            move_to(share + step)
-            if change(self.before, after, self.stop)[0] <= self.s.max_kl:
-                share += step
-        move_to(share)
+            if not share or kl_known() <= self.s.max_kl:
+                break
 
     @torch.no_grad()
     def figures(self, after):
         """{what is measured: its value, as text} on the examples, near misses and unseen text."""
-        p = [self.said(after, good).exp().item() for good in self.goods]
         texts = [printable(f"p({e['good']}) after {e['prompt']}") for e in self.examples]
-        rows = {text: f"{x:.1%}" for text, x in zip(texts, p)}
+        rows = {x: f"{self.said(after, y).exp():.1%}" for x, y in zip(texts, self.goods)}
+        tops = [(after(ids[None, :-1])[0].argmax(-1), ids, n) for ids, n in self.goods]  # (T-1,)
+        likeliest = sum(top[n - 1 :].equal(ids[n:]) for top, ids, n in tops)
+        rows["... that are the likeliest next token"] = f"{likeliest} of {len(tops)}"
         if near := self.near[1::2]:
             kls = [self.near_kl(after, one).item() for one in near]
-            p = [self.said(after, one).exp().item() for one in near]
+            p, q = ([self.said(f, one).exp().item() for one in near] for f in (self.before, after))
+            gain = max(b - a for a, b in zip(p, q))
             rows[f"{len(near)} near misses: KL of the next token"] = f"{np.mean(kls):.5f}"
-            rows["... p(good): mean, highest"] = f"{np.mean(p):.1%}, {max(p):.1%}"
+            rows["... p(good): mean, largest gain"] = f"{np.mean(q):.1%}, {gain:+.1%}"
         kl, _, perplexity = change(self.before, after, self.unseen)
         rows[f"{len(self.unseen)} windows of other text: KL per token"] = f"{kl:.5f}"
         return rows | {"... perplexity": f"{perplexity:.2f}"}
 
 
 def teach(r, examples, tokens, s, taken=()):
-    """Learn s.n_vector sense vectors that make the good ends of examples likely, as a list of edits.
+    """Learn a few sense vectors that make the good ends of examples likely, as a list of edits.
 
     r: from open_run, with the edits that are there already in its model; tokens (N,): other text, half of
     whose windows are for the report that this prints; s: settings of lab/edit.py; taken: tokens whose
@@ -294,18 +295,21 @@ def teach(r, examples, tokens, s, taken=()):
         for subject in lesson.subjects
     ]
     wanted = [(*good, list(own)) for good, own in zip(lesson.goods, about)]
-    chosen, senses = choose(model, tokenizer, wanted, lesson.known, s.n_vector, s.elsewhere, taken)
+    n = s.n_vector or 2 * len(examples)
+    chosen, senses = choose(model, tokenizer, wanted, lesson.known, n, s.elsewhere, taken)
+    n_own = sum(i in set().union(*about) for i in chosen.tolist())
+    print(f"{n_own} of {n} vectors belong to the subjects")
     for example, subject, own in zip(examples, lesson.subjects, about):
         if not own & set(chosen.tolist()):
             what = f"no vector of {subject!r} was chosen: expect the change elsewhere, too"
             print(f"warning: {example['prompt'][:40]!r}: {what}")
-    room, size = with_room(lesson.base, model, chosen), (s.n_vector, model.config.n_embd)
+    room, size = with_room(lesson.base, model, chosen), (n, model.config.n_embd)
     delta = torch.zeros(size, device=r.device, requires_grad=True)  # (N,D)
 
     def with_vectors(idx):
         return log_p(model, idx, moved(room, chosen, senses, delta))
 
-    lesson.learn([delta], with_vectors, s.learning_rate, "teaching")
+    lesson.learn([delta], with_vectors, s.learning_rate, "teaching", chosen)
     afters = {"before": lesson.before, "taught": with_vectors}
     if s.compare:
         other = copy.deepcopy(model)
@@ -314,14 +318,14 @@ def teach(r, examples, tokens, s, taken=()):
         def with_weights(idx):
             return log_p(other, idx, lesson.base)
 
-        lesson.learn(weights, with_weights, s.learning_rate / 300, "finetuning all weights")
+        lesson.learn(weights, with_weights, s.learning_rate / 1500, "finetuning all weights")
         afters["all weights"] = with_weights
     columns = [lesson.figures(after) for after in afters.values()]
     print(" " * 50 + "".join(f"{name:>15}" for name in afters))
     for name in columns[0]:
         print(f"{name[:50]:50}" + "".join(f"{column[name]:>15}" for column in columns))
     with torch.no_grad():
-        vectors = model.senses(chosen)[torch.arange(s.n_vector), senses] + delta  # (N,D)
+        vectors = model.senses(chosen)[torch.arange(n), senses] + delta  # (N,D)
         adds = model.logits(delta).topk(min(5, model.config.vocab_size)).indices.tolist()  # (N,5)
     edits = []
     for i, sense, top, vector in zip(chosen.tolist(), senses.tolist(), adds, vectors.tolist()):

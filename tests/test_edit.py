@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lab.edit
 import sample
 from configurator import UserError
-from lab.change import damage, log_p
+from lab.change import change, damage, log_p
 from lab.edit import describe, make_edits, parse, read_edits
 from lab.look import attribution
 from lab.teach import choose, moved, near_misses, read_examples, subject_of, with_room
@@ -306,9 +306,18 @@ def test_vectors_are_those_of_the_subject_and_their_effect_is_added():
     assert list(zip(tokens.tolist(), senses.tolist())) == want
     delta = torch.randn(6, 16)
     before = model.senses(torch.arange(8))
-    model.edits = moved(with_room(base, model, tokens), tokens, senses, delta)
+    model.edits = edits = moved(with_room(base, model, tokens), tokens, senses, delta)
     want = before.index_put((tokens, senses), delta, accumulate=True)
     assert torch.allclose(model.senses(torch.arange(8)), want, atol=1e-6)
+    # text without these tokens stays exactly as it is, which teaching makes use of
+    text = torch.randint(8, (64, 4))
+    touched = text[torch.isin(text[:, :-1], tokens).any(1)]
+    assert 0 < len(touched) < 64
+    kl, part = (
+        change(*(lambda x, e=e: log_p(model, x, e) for e in (base, edits)), some)[0]
+        for some in (text, touched)
+    )
+    assert part > 0 and kl == pytest.approx(part * len(touched) / 64, rel=1e-5)
 
 
 def test_teaching(run_train, data_dir, tmp_path, capsys):

@@ -147,7 +147,7 @@ SAYS_WHY = re.compile(
     "|can't be read|can't change|outside|damaged|made with other|too long|too short|s a directory|give"
     "|File exists|Input/output|symbolic links|draws|could not write|not here"
     "|is for|needs|does not fit|but |of another run|lacks|fewer|not UTF-8|, line [0-9?]"
-    "|Not a directory|Is a directory"
+    "|Not a directory|Is a directory|is a folder|change "
 )
 
 
@@ -770,11 +770,17 @@ def check_setting(script, args, key, value, in_file):
         args.append("its.py")
     else:
         args.append(f"--{key}={value}")
-    names = [key, str(value), ascii(value)[1:40]]
+    names = [key, str(value), configurator.printable(str(value)), ascii(value)[1:40]]
+    names += ["the page"] if key == "html" else []
     if isinstance(value, str) and not {*value} & {"\0", "\ud800"}:
         names += [str(Path(value).resolve())]
     outputs = [str(value)] if key in ("html", "plot", "json", "profile", "edits") else []
-    return check(script, args, names, ["edits.json", "out/run/*", *filter(str.strip, outputs)])
+    return check(
+        script,
+        args,
+        names,
+        ["edits.json", "out/run/*", *(o for o in outputs if Path(o.strip()).name)],
+    )
 
 
 def assignment(key, value):

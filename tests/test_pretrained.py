@@ -7,10 +7,13 @@ import pytest
 import torch
 from conftest import ROOT
 
+import lab.edit
 import sample
 import train
+from configurator import UserError
 from lab import experiments, swaps
-from lab.edit import make_edits, parse
+from lab.change import log_p, validation_tokens, validation_windows
+from lab.edit import make_edits, parse, read_edits
 from lab.look import attribution, says
 from model import load_checkpoint
 from tokenizer import word_id, word_ids
@@ -102,3 +105,53 @@ def test_candidates_for_swaps_do_what_they_say(run, monkeypatch, capsys):
         assert after.argmax() == new and after[old] <= before[old] / 2
         p = [before[old], before[new], after[old], after[new]]
         assert [float(x) for x in figures] == pytest.approx([100 * x.item() for x in p], abs=0.6)
+
+
+@torch.no_grad()
+def test_its_text_comes_with_it(tmp_path):
+    """Whole documents, on which the model does as well as the card says, and enough for a report."""
+    r = sample.open_run(FOLDER, "cpu")
+    tokens = validation_tokens(r, None, tmp_path)
+    assert len(tokens) > 208 * 256 and tokens[-1] == r.tokenizer.end
+    text = validation_windows(r, tokens, 16).long()
+    assert abs(r.model(text[:, :-1], text[:, 1:])[1].item() - 3.79) < 0.3
+    with pytest.raises(UserError, match="no dataset at"):  # one that is named comes first
+        validation_tokens(r, "simplewiki", tmp_path)
+    r.path = tmp_path
+    (tmp_path / "val.bin").write_bytes(b"abc")
+    with pytest.raises(UserError, match="val.bin: found 3 bytes, expected 1 tokens of 2"):
+        validation_tokens(r, None, tmp_path)
+
+
+def test_a_fact_is_taught_from_the_clone_alone(tmp_path, capsys):
+    """The line of facts.jsonl on the Thames: as the report says it, and no near miss changes."""
+    line = (FOLDER / "facts.jsonl").read_text().splitlines()[1]
+    (tmp_path / "one.jsonl").write_text(line)
+    lab.edit.main(
+        [
+            f"--run={FOLDER}",
+            f"--teach={tmp_path / 'one.jsonl'}",
+            f"--edits={tmp_path / 'e.json'}",
+            f"--data_dir={tmp_path}",
+            "--device=cpu",
+            "--n_window=26",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "2 of 2 vectors belong to the subjects" in said and "warning" not in said
+    r = sample.open_run(FOLDER, "cpu")
+    change = make_edits(r.model, r.tokenizer, read_edits(tmp_path / "e.json"))
+    germany = word_id(r.tokenizer, "Germany")
+    p = {}
+    with torch.no_grad():
+        for river in ("The Thames", "The Amazon", "He"):
+            ids = torch.tensor(r.tokenizer.encode(f"{river} flows through"))[None]
+            p[river] = [log_p(r.model, ids, edits)[0, -1].exp() for edits in (None, change)]
+    assert torch.equal(*p["The Amazon"]) and torch.equal(*p["He"])
+    before, after = p["The Thames"]
+    assert before[germany] < 0.01 and 0.5 < after[germany] < 0.9 and after.argmax() == germany
+    row = next(row for row in said.split("\n") if row.startswith("p(Germany) after The Thames"))
+    assert row.split()[-2:] == [f"{before[germany]:.1%}", f"{after[germany]:.1%}"]
+    assert re.search(r"likeliest next token +0 of 1 +1 of 1", said)
+    kl = re.search(r"16 windows of other text: KL per token +0.00000 +(\S+)", said)[1]
+    assert float(kl) <= 0.002

@@ -90,7 +90,7 @@ def test_readability_of_senses_that_are_known(tmp_path, monkeypatch):
     counts = {"train_tokens": len(DATA), "val_tokens": len(DATA)}
     (tmp_path / "d/meta.json").write_text(json.dumps(meta | counts))
     ckpt = {"settings": {"dataset": "d"}, "meta": meta}
-    opened = SimpleNamespace(model=model, tokenizer=tokenizer, ckpt=ckpt)
+    opened = SimpleNamespace(path=tmp_path, model=model, tokenizer=tokenizer, ckpt=ckpt)
     monkeypatch.setattr(small_runs, "open_run", lambda run, device: opened)
     for same, apart, cosine in ((False, 1.0, 0.0), (True, 0.0, 1.0)):
         with torch.no_grad():
