@@ -407,7 +407,12 @@ OF_WEIGHTS = (changed_tensors, flipped)
 READERS = {
     "sample ckpt.pt": Reader("out/run/ckpt.pt", "sample.py", f"--run=out/run {SAMPLE}", OF_WEIGHTS),
     "resume ckpt.pt": Reader(
-        "out/run/ckpt.pt", "train.py", RESUME, OF_WEIGHTS, RUN, ("out/run", "(resume)")
+        "out/run/ckpt.pt",
+        "train.py",
+        RESUME,
+        OF_WEIGHTS,
+        RUN,
+        ("out/run", "(resume)", "no dataset at data/"),
     ),
     "tune ckpt.pt": Reader(
         "out/run/ckpt.pt", "train.py", f"{TINY} --init_from=out/run --out_dir=out/b", OF_WEIGHTS
