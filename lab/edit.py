@@ -3,7 +3,7 @@
     python -m lab.edit --edits=my.json --edit="scale river 4 0; swap Chicago: Illinois -> Texas"
     python -m lab.edit --edits=my.json                         lists all, numbered
     python -m lab.edit --edits=my.json --remove=2              drops the second
-    python -m lab.edit --edits=my.json --teach=examples.jsonl  learns a few vectors (lab/teach.py)
+    python -m lab.edit --edits=my.json --teach=facts.jsonl     learns a few vectors (lab/teach.py)
     python sample.py --edits=my.json --start="He was born in Chicago,"
 
     scale WORD SENSE FACTOR           multiplies the weight of a sense (or "all") of WORD (paper, 6.2)
@@ -66,7 +66,7 @@ class Settings:
     learning_rate: float = 0.05  # (0, 100] with teach: of Adam
     steps: int = 150  # [1, 1e6] with teach: at most
     compare: bool = False  # with teach: also finetune a copy of all weights, and report on both
-    dataset: str | None = None  # with teach: its val.bin is other text; None: the run's own
+    dataset: str | None = None  # with teach: its val.bin is other text; None: the run's
     data_dir: str = "data"  # with teach: where datasets lie
     n_window: int = 208  # [13, 1e5] with teach: windows of other text, 8 of 13 for the report
     seed: int = 1337  # [0, 4294967295] with teach: of all that is drawn

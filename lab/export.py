@@ -71,6 +71,7 @@ def export(s, ckpt, edits, metrics, dtype):
         if tokenizer:
             special = write_tokenizer(folder, tokenizer, model.config.block_size)
         if s.to == "hf":
+            special["max_length"] = model.config.block_size  # or a pipeline asks for 256 new tokens
             write_text(folder / "generation_config.json", json.dumps(special, indent=1))
             write_text(folder / "README.md", card(Path(s.source), ckpt, model, edits, metrics))
             for path in CODE:
@@ -94,6 +95,7 @@ def for_hf(ckpt, model, made, edits, dtype):
         "auto_map": {
             "AutoConfig": "modeling_backpack.BackpackConfig",
             "AutoModelForCausalLM": "modeling_backpack.BackpackForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_backpack.BackpackForSequenceClassification",
         },
         # the type to load as; a file in half precision still computes in float32, as sample.py does
         "dtype": "float32" if dtype == "keep" else dtype,
@@ -198,6 +200,7 @@ USE = """    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_c
 
 Each token has sense vectors that don't depend on context, `output.senses`; the logits are linear in
 their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
+`AutoModelForSequenceClassification` puts a new head, to be trained, on the sum at a text's last token.
 
 **Limits**: the model says what its training text made likely, true or not, with the biases of that
 text. It takes no more tokens at once than it has positions.

@@ -8,10 +8,9 @@ model.backpack.edits     None, or the edits of senses that lab.convert --edits=F
 from dataclasses import dataclass, fields
 
 import torch
-from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
 # transformers 4 copies only the files that are imported here, relatively and by name
 from .control import Edits
@@ -37,7 +36,7 @@ class BackpackConfig(PretrainedConfig):
         self.edits = edits
         for f in FIELDS:
             setattr(self, f.name, values.pop(f.name, f.default))
-        super().__init__(**{"tie_word_embeddings": False, "use_cache": True} | values)
+        super().__init__(**{"tie_word_embeddings": True, "use_cache": True} | values)
 
 
 @dataclass
@@ -61,7 +60,7 @@ class TransformersCache:
         return self.tensors.update(new, new[..., :0], layer)[0]
 
 
-class BackpackForCausalLM(PreTrainedModel, GenerationMixin):
+class BackpackPreTrained(PreTrainedModel):
     config_class = BackpackConfig
     base_model_prefix = "backpack"
     _no_split_modules = ["Block", "SenseNetwork"]
@@ -79,16 +78,22 @@ class BackpackForCausalLM(PreTrainedModel, GenerationMixin):
                 w=torch.ones(m, config.vocab_size, config.n_sense),
                 f=torch.ones(m),
             )
-        self.post_init()
 
     def _init_weights(self, module):
-        pass  # Backpack has done it
+        if module is getattr(self, "score", None):  # Backpack has done the rest
+            torch.nn.init.normal_(module.weight, std=0.02)
 
     def get_input_embeddings(self):
         return self.backpack.wte
 
     def get_output_embeddings(self):
-        return None  # E without its padded rows
+        return self.backpack.wte  # tied: E, and up to seven rows of padding, which have no logits
+
+
+class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_init()
 
     def forward(
         self,
@@ -122,17 +127,38 @@ class BackpackForCausalLM(PreTrainedModel, GenerationMixin):
         o, _ = self.backpack.output(input_ids, attention_mask, cache)  # (B,T,D)
         logits, loss = self.backpack.logits(o), None  # (B,T,V)
         if labels is not None:
-            targets = F.pad(labels, (0, 1), value=-100)[:, 1:].to(logits.device)  # (B,T)
-            reduction = "mean" if num_items_in_batch is None else "sum"
-            loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction
-            )
-            if num_items_in_batch is not None:
-                loss = loss / num_items_in_batch
+            # shifts the labels
+            of = {"vocab_size": logits.size(-1), "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, **of)
         senses = contextualization = None
         if output_senses:
             senses = self.backpack.senses(input_ids)
         if output_contextualization:
             contextualization = self.backpack.contextualization(input_ids, attention_mask)
         output = BackpackOutput(loss, logits, past_key_values, senses, contextualization)
+        return output.to_tuple() if return_dict is False else output
+
+
+class BackpackForSequenceClassification(BackpackPreTrained):
+    """A new linear head on the sum of senses o at the last real token of each text."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, labels=None, return_dict=None, **unused):
+        """input_ids (B,T), attention_mask (B,T), labels (B,), or (B,num_labels) of several at once.
+
+        Padding may be left or right. Returns a SequenceClassifierOutput with logits (B,num_labels).
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        T, B = input_ids.size(1), torch.arange(len(input_ids), device=input_ids.device)
+        last = T - 1 - attention_mask.flip(1).argmax(1)  # (B,)
+        o, _ = self.backpack.output(input_ids, None if attention_mask.all() else attention_mask)
+        logits, loss = self.score(o[B, last]), None  # (B,num_labels)
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output

@@ -768,6 +768,56 @@ def test_trainer_of_transformers(exported, tmp_path):
     assert (model.backpack.sense_qk.weight - before).abs().max() > 1e-3
 
 
+def test_a_classifier_for_transformers(exported, tmp_path):
+    """A head on the last real token, wherever the padding is; a step of Trainer; saved and loaded."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(exported[1], trust_remote_code=True, num_labels=3).eval()
+    ours, x = exported[0], torch.randint(1, 300, (4, 9))
+    lengths = torch.tensor([9, 4, 1, 7])
+    left = (torch.arange(9) >= 9 - lengths[:, None]).long()
+    with torch.no_grad():
+        want = torch.stack(
+            [model.score(ours.output(row[None, 9 - n :])[0][0, -1]) for row, n in zip(x, lengths)]
+        )
+        found = model(x, attention_mask=left, labels=torch.tensor([0, 1, 2, 0]))
+        assert torch.allclose(found.logits, want, atol=1e-5)
+        assert abs(found.loss - F.cross_entropy(want, torch.tensor([0, 1, 2, 0]))) < 1e-5
+        right = torch.stack([row.roll(n.item()) for row, n in zip(x, lengths)])
+        assert torch.allclose(model(right, attention_mask=left.flip(1)).logits, want, atol=1e-5)
+        assert torch.allclose(model(x).logits[0], want[0], atol=1e-5)
+    texts = [{"input_ids": row, "label": n % 3} for n, row in enumerate(x)]
+    args = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        learning_rate=1e-2,
+    )
+    parts = model.score, model.backpack.sense_qk, model.backpack.wte
+    before = [part.weight.detach().clone() for part in parts]
+    transformers.Trainer(model=model, args=args, train_dataset=texts).train()
+    assert all((a.weight - b).abs().max() > 1e-3 for a, b in zip(parts, before))
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, model.eval()(x).logits)
+
+
+def test_a_pipeline_generates_to_the_last_position(exported):
+    """Not 256 tokens more, which are its default; and the output embeddings are E."""
+    transformers = pytest.importorskip("transformers")
+    write = transformers.pipeline("text-generation", str(exported[1]), trust_remote_code=True)
+    (found,) = write("document one", return_tensors=True, eos_token_id=-1)
+    assert len(found["generated_token_ids"]) == 32
+    E = exported[2].get_output_embeddings().weight
+    assert E is exported[2].get_input_embeddings().weight and E[:300].equal(
+        exported[0].wte.weight[:300]
+    )
+
+
 def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(load_checkpoint(exported[1].parent / "run")["meta"]["tokenizer"])
