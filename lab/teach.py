@@ -253,9 +253,9 @@ class Lesson:
 
     @torch.no_grad()
     def go_back(self, params, safe, kl_known):
-        """Halve the way that params went from safe, until the windows known change by at most s.max_kl."""
+        """Shorten the way that params went from safe, until the windows known change by at most s.max_kl."""
         last = [p.clone() for p in params]
-        for share in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 0):
+        for share in (7 / 8, 3 / 4, 1 / 2, 1 / 4, 0):
             for p, here, there in zip(params, safe, last):
                 p.copy_(torch.lerp(here, there, share) if share else here)  # there may be nan
             if not share or kl_known() <= self.s.max_kl:
@@ -318,7 +318,7 @@ def teach(r, examples, tokens, s, taken=()):
         def with_weights(idx):
             return log_p(other, idx, lesson.base)
 
-        lesson.learn(weights, with_weights, s.learning_rate / 1500, "finetuning all weights")
+        lesson.learn(weights, with_weights, s.learning_rate / 2500, "finetuning all weights")
         afters["all weights"] = with_weights
     columns = [lesson.figures(after) for after in afters.values()]
     print(" " * 50 + "".join(f"{name:>15}" for name in afters))
