@@ -323,15 +323,15 @@ def main(argv):
         title, *parts = show_text(model, tokenizer, s.text, s.target, s.against, min(s.top, V))
         return draw_parts(s.plot, title + with_edits, *parts) if s.plot else None
     if s.who:
-        title, panels = f"Who says {s.who}?", show_who(model, tokenizer, s.who, s.top, shown)
+        title, panels = f"Who says {s.who}? Logits at weight 1", show_who(model, tokenizer, s.who, s.top, shown)
     elif s.roles:
-        title = "What each sense says of any word"
+        title = "Tokens that are among a sense's ten highest, in % of the words"
         panels = show_roles(model, tokenizer, s.top, shown)
     elif words:
-        title = f"What the senses of {', '.join(words)} say"
+        title = f"What the senses of {', '.join(words)} say: logits at weight 1"
         panels = show_words(model, tokenizer, words, senses, s.top, shown)
     else:
-        title = f"Tokens nearest to {', '.join(alike)}"
+        title = f"Tokens nearest to {', '.join(alike)}, by cosine"
         panels = show_similar(model, tokenizer, alike, senses, s.top, shown)
     if s.plot:
         draw_bars(s.plot, title + with_edits, panels)
