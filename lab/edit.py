@@ -3,7 +3,7 @@
     python -m lab.edit --edits=my.json --edit="scale river 4 0; swap Chicago: Illinois -> Texas"
     python -m lab.edit --edits=my.json                         lists all, numbered
     python -m lab.edit --edits=my.json --remove=2              drops the second
-    python -m lab.edit --edits=my.json --teach=pretrained/simplewiki/facts.jsonl   learns vectors (lab/teach.py)
+    python -m lab.edit --edits=my.json --teach=pretrained/simplewiki/facts.jsonl  learns them (lab/teach.py)
     python sample.py --edits=my.json --start="He was born in Chicago,"
 
     scale WORD SENSE FACTOR           multiplies the weight of a sense (or "all") of WORD (paper, 6.2)

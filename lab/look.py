@@ -323,7 +323,7 @@ def main(argv):
         title, *parts = show_text(model, tokenizer, s.text, s.target, s.against, min(s.top, V))
         return draw_parts(s.plot, title + with_edits, *parts) if s.plot else None
     if s.who:
-        title, panels = f"Who says {s.who}? Its logit", show_who(model, tokenizer, s.who, s.top, shown)
+        title, panels = f"Logit of {s.who}", show_who(model, tokenizer, s.who, s.top, shown)
     elif s.roles:
         title = "Tokens that are among a sense's ten highest, in % of the words"
         panels = show_roles(model, tokenizer, s.top, shown)
