@@ -162,8 +162,8 @@ def read_tokens(path, dtype, n=None):
     size = path.stat().st_size if path.exists() else 0
     n = size // dtype.itemsize if n is None else n
     if size != n * dtype.itemsize or not n:
-        what = f"found {size} bytes, expected {n} tokens of {dtype.itemsize}"
-        raise UserError(f"{path}: {what}: make the dataset again")
+        what = f"found {size} bytes, expected {n or 'some'} tokens of {dtype.itemsize}"
+        raise UserError(f"{path}: {what}: make it, or copy it, again")
     return np.memmap(path, dtype, "r")
 
 

@@ -27,16 +27,21 @@ def validation_tokens(r, dataset, data_dir):
     if tokens.max() >= r.model.config.vocab_size:
         what = f"outside a vocabulary of {r.model.config.vocab_size}"
         raise UserError(f"{tokens.filename} has token id {tokens.max()}, {what}")
+    print(f"other text: {tokens.filename}, {len(tokens):,} tokens")
     return tokens
 
 
 def validation_windows(r, tokens, n):
-    """At most n windows of T + 1 tokens (n,T+1), apart, over validation tokens."""
+    """At most n windows of T + 1 tokens (n,T+1) over validation tokens; apart, unless that leaves too few."""
     T = r.model.config.block_size
-    n = min(n, max(13, (len(tokens) - 1) // T))  # lab/teach.py shares out thirteen, if they overlap
     if len(tokens) <= T:
-        raise UserError(f"the dataset has {len(tokens)} tokens for validation: expected {T + 1}")
-    starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)
+        raise UserError(f"found {len(tokens)} tokens of other text, expected {T + 1}")
+    apart, least = (len(tokens) - 1) // T, 13  # which lab/teach.py shares out
+    if min(n, apart) < least:
+        print(
+            f"warning: windows overlap, as {len(tokens):,} tokens are few: the report is too good"
+        )
+    starts = np.linspace(0, len(tokens) - T - 1, min(n, max(least, apart))).astype(int)
     x, y, _ = get_batch(tokens, starts, T, r.device, r.model.config.vocab_size)  # (n,T) each
     return torch.cat([x, y[:, -1:]], 1)
 

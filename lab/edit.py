@@ -3,7 +3,7 @@
     python -m lab.edit --edits=my.json --edit="scale river 4 0; swap Chicago: Illinois -> Texas"
     python -m lab.edit --edits=my.json                         lists all, numbered
     python -m lab.edit --edits=my.json --remove=2              drops the second
-    python -m lab.edit --edits=my.json --teach=pretrained/simplewiki/facts.jsonl  learns them (lab/teach.py)
+    python -m lab.edit --edits=my.json --teach=pretrained/simplewiki/facts.jsonl   learns vectors
     python sample.py --edits=my.json --start="He was born in Chicago,"
 
     scale WORD SENSE FACTOR           multiplies the weight of a sense (or "all") of WORD (paper, 6.2)
@@ -28,10 +28,10 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, configure, printable, run
-from files import expect, expect_place, parse_json, read_text, write_text
+from files import expect, expect_place, parse_json, read_jsonl, read_text, write_text
 from lab.change import validation_tokens
 from lab.control import STRENGTHS, Edits, sense_peaks, swapped, topic_weights
-from lab.teach import read_examples, teach
+from lab.teach import teach
 from sample import open_run
 from tokenizer import word_forms, word_ids
 
@@ -60,13 +60,17 @@ class Settings:
     teach: str | None = None  # learn vectors from a file of {"prompt", "good"}, see lab/teach.py
     n_vector: int | None = None  # [1, 1e4] with teach: how many to learn; None: two an example
     enough: float = 0.5  # [0, 1] with teach: end when all good ends are at least this probable
-    max_kl: float = 0.002  # [0, 100] with teach: ... or before other text changes more, in nats
+    max_kl: float = (
+        0.002  # [0, 100] with teach: ... or before this would change other text more, in nats
+    )
     kl_weight: float = 30.0  # [0, 1e6] with teach: weight of that change in the loss
     elsewhere: float = 1000.0  # [0, 1e9] with teach: how much use elsewhere speaks against a vector
     learning_rate: float = 0.05  # (0, 100] with teach: of Adam
     steps: int = 150  # [1, 1e6] with teach: at most
     compare: bool = False  # with teach: also finetune a copy of all weights, and report on both
-    dataset: str | None = None  # with teach: its val.bin is other text; None: the run's
+    dataset: str | None = (
+        None  # with teach: its val.bin is other text; None: what comes with the run
+    )
     data_dir: str = "data"  # with teach: where datasets lie
     n_window: int = 208  # [13, 1e5] with teach: windows of other text, 8 of 13 for the report
     seed: int = 1337  # [0, 4294967295] with teach: of all that is drawn
@@ -140,6 +144,25 @@ def read_edits(path):
     text = read_text(path)
     one = text.lstrip().startswith("{")
     return expect_edits(parse_json(text, dict if one else list, path), path)
+
+
+def read_examples(path):
+    """The examples of a .jsonl file. UserError: a line is not an example, or there is none."""
+    shape = {"prompt": str, "good": str, "bad?": str, "subject?": str, "keep?": [str]}
+    examples = read_jsonl(path, shape)
+    for n, example in enumerate(examples, 1):
+        subject = example.get("subject") or ""
+        given = [example.get(key) for key in ("prompt", "good", "bad", "subject")]
+        if "" in [*given, *(example.get("keep") or [])]:
+            what = "found an empty text, expected a prompt, a good end and no other empty text"
+            raise UserError(f"{path}, example {n}: {what}")
+        whole = rf"(?<!\w){re.escape(subject)}(?!\w)"
+        if subject and not re.search(whole, example["prompt"]):
+            what = f"found subject {subject[:40]!r}, expected words of its prompt"
+            raise UserError(f"{path}, example {n}: {what}")
+    if not examples:
+        raise UserError(f'{path}: found no lines, expected {{"prompt": "...", "good": "..."}}')
+    return examples
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class Settings:
     num_samples: int = 20  # [1, 1e4] with topics or swaps: texts for each strength, or swap
     max_new_tokens: int = 100  # [1, 1e6] with topics: their length
     n_bootstrap: int = 1000  # [1, 1e4] with lexical, bias or topics: samples for the intervals
-    dataset: str | None = None  # with damage, swaps or words: its val.bin; None: the run's
+    dataset: str | None = None  # with damage, swaps or words: its val.bin; None: the run's own
     data_dir: str = "data"  # where datasets lie
     seed: int = 1337  # [0, 4294967295] of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N

@@ -67,12 +67,12 @@ def export(s, ckpt, edits, metrics, dtype):
             reason = str(error).splitlines()[0]
             raise UserError(f"could not write {weights.name} for {dest} ({reason})") from None
         shutil.copymode(folder / "config.json", weights)  # safetensors makes it private
-        special = {}
+        generation = {}
         if tokenizer:
-            special = write_tokenizer(folder, tokenizer, model.config.block_size)
+            generation = write_tokenizer(folder, tokenizer, model.config.block_size)
         if s.to == "hf":
-            special["max_length"] = model.config.block_size  # or a pipeline asks for 256 new tokens
-            write_text(folder / "generation_config.json", json.dumps(special, indent=1))
+            generation["max_length"] = model.config.block_size  # a pipeline's default goes beyond
+            write_text(folder / "generation_config.json", json.dumps(generation, indent=1))
             write_text(folder / "README.md", card(Path(s.source), ckpt, model, edits, metrics))
             for path in CODE:
                 write_text(folder / path.name, read_text(path))

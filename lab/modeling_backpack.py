@@ -150,14 +150,14 @@ class BackpackForSequenceClassification(BackpackPreTrained):
     def forward(self, input_ids, attention_mask=None, labels=None, return_dict=None, **unused):
         """input_ids (B,T), attention_mask (B,T), labels (B,), or (B,num_labels) of several at once.
 
-        Padding may be left or right. Returns a SequenceClassifierOutput with logits (B,num_labels).
+        Padding may be left or right; without a mask there is none. Returns a SequenceClassifierOutput with
+        logits (B,num_labels).
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        T, B = input_ids.size(1), torch.arange(len(input_ids), device=input_ids.device)
-        last = T - 1 - attention_mask.flip(1).argmax(1)  # (B,)
-        o, _ = self.backpack.output(input_ids, None if attention_mask.all() else attention_mask)
-        logits, loss = self.score(o[B, last]), None  # (B,num_labels)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        last = mask.size(1) - 1 - mask.flip(1).argmax(1)  # (B,)
+        o, _ = self.backpack.output(input_ids, None if mask.all() else mask)  # (B,T,D)
+        rows = torch.arange(len(o), device=o.device)  # (B,)
+        logits, loss = self.score(o[rows, last]), None  # (B,num_labels)
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         output = SequenceClassifierOutput(loss=loss, logits=logits)

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import UserError, printable
-from files import read_jsonl
 from lab.change import change, divergence, log_p, validation_windows
 from lab.control import Edits
 from tokenizer import token_text
@@ -26,25 +25,6 @@ from tokenizer import token_text
 PREFER = 10  # how many times more a vector of the subject's own tokens counts, in choosing
 PRONOUNS = ("He", "She", "It", "They")
 N_NEAR = 8  # near misses of an example that training sees, and as many that it doesn't
-
-
-def read_examples(path):
-    """The examples of a .jsonl file. UserError: a line is not an example, or there is none."""
-    shape = {"prompt": str, "good": str, "bad?": str, "subject?": str, "keep?": [str]}
-    examples = read_jsonl(path, shape)
-    for n, example in enumerate(examples, 1):
-        subject = example.get("subject") or ""
-        given = [example.get(key) for key in ("prompt", "good", "bad", "subject")]
-        if "" in [*given, *(example.get("keep") or [])]:
-            what = "found an empty text, expected a prompt, a good end and no other empty text"
-            raise UserError(f"{path}, example {n}: {what}")
-        whole = rf"(?<!\w){re.escape(subject)}(?!\w)"
-        if subject and not re.search(whole, example["prompt"]):
-            what = f"found subject {subject[:40]!r}, expected words of its prompt"
-            raise UserError(f"{path}, example {n}: {what}")
-    if not examples:
-        raise UserError(f'{path}: found no lines, expected {{"prompt": "...", "good": "..."}}')
-    return examples
 
 
 # ---- subjects and near misses
@@ -115,7 +95,8 @@ def choose(model, tokenizer, wanted, text, n, elsewhere, taken=()):
     ranked = [[pair for pair in pairs if pair[0] in named] for pairs in ranked]
     most = len({pair for pairs in ranked for pair in pairs})
     if n > most:
-        raise UserError(f"n_vector={n}: found {most} sense vectors that a file of edits can name")
+        what = f"found {most} sense vectors that a file of edits can name, expected as many"
+        raise UserError(f"n_vector={n}: {what}: give a lower --n_vector")
     chosen = {}  # as a set that keeps its order
     for pairs in itertools.cycle(ranked):
         chosen |= dict.fromkeys([pair for pair in pairs if pair not in chosen][:1])
@@ -186,11 +167,15 @@ class Lesson:
     def before(self, idx):
         return log_p(self.model, idx, self.base)
 
+    def end(self, after, encoded):
+        """What is said where an end stands, and its tokens: log-probabilities (m,V), ids (m,)."""
+        ids, first = encoded
+        return after(ids[None, :-1])[0, first - 1 :], ids[first:]
+
     def said(self, after, encoded):
         """The log-probability of an end: encoded (ids (T,), index of its first token) -> a scalar."""
-        ids, first = encoded
-        each = after(ids[None, :-1])[0].gather(1, ids[1:, None])  # (T-1,1)
-        return each[first - 1 :].sum()
+        each, ids = self.end(after, encoded)
+        return each.gather(1, ids[:, None]).sum()
 
     def kl(self, after, idx):
         """KL(before || after) of the next token: idx (B,T) -> (B,T)."""
@@ -203,18 +188,18 @@ class Lesson:
         ids, first = encoded
         return self.kl(after, ids[None, :first])[0, -1]
 
-    def learn(self, params, after, learning_rate, title, moved=None):
+    def learn(self, params, after, learning_rate, title, tokens=None):
         """Change params, by Adam, so that good ends become likely and all else stays as it is.
 
-        after: a function of idx to log-probabilities, which depend on params; moved: the only tokens whose
-        senses do. It ends when every good end has the probability s.enough, or when the windows known change
-        by more than s.max_kl: then params go back as far as needed.
+        after: a function of idx to log-probabilities, which depend on params; tokens: the only ones whose
+        senses depend on them, None: any. It ends when every good end has the probability s.enough, or when
+        the windows known change by more than s.max_kl: then params go back as far as needed.
         """
         s, known = self.s, self.known
         # without momentum, which would go on beyond what is enough
         optimizer = torch.optim.Adam(params, learning_rate, betas=(0.0, 0.999))
-        if moved is not None:  # a text without these tokens stays exactly as it is
-            known = known[torch.isin(known[:, :-1], moved).any(1)]  # (m,T+1)
+        if tokens is not None:  # a text without them stays exactly as it is
+            known = known[torch.isin(known[:, :-1], tokens).any(1)]  # (m,T+1)
         share = len(known) / len(self.known)
 
         def drawn(n):
@@ -225,11 +210,21 @@ class Lesson:
 
         goal = math.log((1 + s.enough) / 2)  # what is said more than that needs no more pushing
         random, near = torch.Generator(), self.near[::2]
-        progress = tqdm(range(1, s.steps + 1), title)
+        safe = [p.detach().clone() for p in params]
+        progress = tqdm(range(s.steps + 1), title)
         for step in progress:
-            if step % 10 == 1:  # where it can go back to
-                safe = [p.detach().clone() for p in params]
             said = torch.stack([self.said(after, good) for good in self.goods])  # (examples,)
+            least = said.exp().min().item()
+            if step % 10 == 0 or step == s.steps or least >= s.enough:
+                kl = kl_known()
+                is_over = not kl <= s.max_kl  # nan is, too
+                what = f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}"
+                progress.set_postfix_str(what + ", so back a little" * is_over)
+                if is_over:
+                    self.go_back(params, safe, kl_known)
+                if is_over or least >= s.enough or step == s.steps:
+                    break
+                safe = [p.detach().clone() for p in params]
             pairs = [(self.said(after, bad), good) for bad, good in zip(self.bads, said) if bad]
             loss = sum(F.softplus(bad - good) for bad, good in pairs) - said.clamp(max=goal).sum()
             random.manual_seed(s.seed + step)
@@ -241,14 +236,6 @@ class Lesson:
             for p, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
                 p.grad = grad
             optimizer.step()
-            least = said.exp().min().item()  # before this update
-            if step % 10 == 0 or step == s.steps or least >= s.enough:
-                kl = kl_known()
-                progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
-                if not kl <= s.max_kl:  # nan is not
-                    self.go_back(params, safe, kl_known)
-                if not kl <= s.max_kl or least >= s.enough:
-                    break
         progress.close()
 
     @torch.no_grad()
@@ -263,29 +250,29 @@ class Lesson:
 
     @torch.no_grad()
     def figures(self, after):
-        """{what is measured: its value, as text} on the examples, near misses and unseen text."""
+        """[(what is measured, its value as text)] on the examples, near misses and unseen text."""
         texts = [printable(f"p({e['good']}) after {e['prompt']}") for e in self.examples]
-        rows = {x: f"{self.said(after, y).exp():.1%}" for x, y in zip(texts, self.goods)}
-        tops = [(after(ids[None, :-1])[0].argmax(-1), ids, n) for ids, n in self.goods]  # (T-1,)
-        likeliest = sum(top[n - 1 :].equal(ids[n:]) for top, ids, n in tops)
-        rows["... that are the likeliest next token"] = f"{likeliest} of {len(tops)}"
+        rows = [(x, f"{self.said(after, good).exp():.1%}") for x, good in zip(texts, self.goods)]
+        ends = [self.end(after, good) for good in self.goods]
+        likeliest = sum(each.argmax(-1).equal(ids) for each, ids in ends)
+        rows.append(("... that are the likeliest next token", f"{likeliest} of {len(ends)}"))
         if near := self.near[1::2]:
             kls = [self.near_kl(after, one).item() for one in near]
             p, q = ([self.said(f, one).exp().item() for one in near] for f in (self.before, after))
             gain = max(b - a for a, b in zip(p, q))
-            rows[f"{len(near)} near misses: KL of the next token"] = f"{np.mean(kls):.5f}"
-            rows["... p(good): mean, largest gain"] = f"{np.mean(q):.1%}, {gain:+.1%}"
+            rows.append((f"{len(near)} near misses: KL of the next token", f"{np.mean(kls):.5f}"))
+            rows.append(("... p(good): mean, largest gain", f"{np.mean(q):.1%}, {gain:+.1%}"))
         kl, _, perplexity = change(self.before, after, self.unseen)
-        rows[f"{len(self.unseen)} windows of other text: KL per token"] = f"{kl:.5f}"
-        return rows | {"... perplexity": f"{perplexity:.2f}"}
+        rows.append((f"{len(self.unseen)} windows of other text: KL per token", f"{kl:.5f}"))
+        return [*rows, ("... perplexity", f"{perplexity:.2f}")]
 
 
 def teach(r, examples, tokens, s, taken=()):
     """Learn a few sense vectors that make the good ends of examples likely, as a list of edits.
 
-    r: from open_run, with the edits that are there already in its model; tokens (N,): other text, half of
-    whose windows are for the report that this prints; s: settings of lab/edit.py; taken: tokens whose
-    senses stay. UserError: an example is longer than block_size.
+    r: from open_run, with the edits that are there already in its model; tokens (N,): other text, most of
+    it for the report that this prints; s: settings of lab/edit.py; taken: tokens whose senses stay.
+    UserError: an example is longer than block_size.
     """
     model, tokenizer = r.model, r.tokenizer
     lesson = Lesson(r, examples, tokens, s)
@@ -297,8 +284,10 @@ def teach(r, examples, tokens, s, taken=()):
     wanted = [(*good, list(own)) for good, own in zip(lesson.goods, about)]
     n = s.n_vector or 2 * len(examples)
     chosen, senses = choose(model, tokenizer, wanted, lesson.known, n, s.elsewhere, taken)
-    n_own = sum(i in set().union(*about) for i in chosen.tolist())
-    print(f"{n_own} of {n} vectors belong to the subjects")
+    own = torch.tensor(list(set().union(*about)), device=r.device)
+    n_own, n_known = torch.isin(chosen, own).sum(), torch.isin(lesson.known, chosen).any(1).sum()
+    where = f"their tokens stand in {n_known} of {len(lesson.known)} windows to learn from"
+    print(f"{n_own} of {n} vectors belong to the subjects; {where}")
     for example, subject, own in zip(examples, lesson.subjects, about):
         if not own & set(chosen.tolist()):
             what = f"no vector of {subject!r} was chosen: expect the change elsewhere, too"
@@ -322,14 +311,15 @@ def teach(r, examples, tokens, s, taken=()):
         afters["all weights"] = with_weights
     columns = [lesson.figures(after) for after in afters.values()]
     print(" " * 50 + "".join(f"{name:>15}" for name in afters))
-    for name in columns[0]:
-        print(f"{name[:50]:50}" + "".join(f"{column[name]:>15}" for column in columns))
+    for row in zip(*columns):
+        print(f"{row[0][0][:50]:50}" + "".join(f"{value:>15}" for _, value in row))
     with torch.no_grad():
         vectors = model.senses(chosen)[torch.arange(n), senses] + delta  # (N,D)
         adds = model.logits(delta).topk(min(5, model.config.vocab_size)).indices.tolist()  # (N,5)
-    edits = []
-    for i, sense, top, vector in zip(chosen.tolist(), senses.tolist(), adds, vectors.tolist()):
+    rows, edits = (chosen.tolist(), senses.tolist(), adds, vectors.tolist()), []
+    for i, sense, top, vector, moves in zip(*rows, delta.any(1).tolist()):
         edit = {"edit": "replace", "word": f'"{tokenizer.decode([i])}"', "sense": sense}
         edit["adds"] = " ".join(token_text(tokenizer, i) for i in top)
-        edits.append(edit | {"vector": [round(value, 6) for value in vector]})
+        edit["vector"] = [round(value, 6) for value in vector]
+        edits += [edit] if moves else []  # not if nothing was to be learned
     return edits

@@ -784,7 +784,9 @@ def test_a_classifier_for_transformers(exported, tmp_path):
         assert torch.allclose(found.logits, want, atol=1e-5)
         assert abs(found.loss - F.cross_entropy(want, torch.tensor([0, 1, 2, 0]))) < 1e-5
         right = torch.stack([row.roll(n.item()) for row, n in zip(x, lengths)])
-        assert torch.allclose(model(right, attention_mask=left.flip(1)).logits, want, atol=1e-5)
+        assert torch.allclose(
+            model(right, attention_mask=left.flip(1).bool()).logits, want, atol=1e-5
+        )
         assert torch.allclose(model(x).logits[0], want[0], atol=1e-5)
     texts = [{"input_ids": row, "label": n % 3} for n, row in enumerate(x)]
     args = transformers.TrainingArguments(

@@ -2,6 +2,7 @@ import json
 import math
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ import lab.edit
 import sample
 from configurator import UserError
 from lab.change import change, damage, log_p
-from lab.edit import describe, make_edits, parse, read_edits
+from lab.edit import describe, make_edits, parse, read_edits, read_examples
 from lab.look import attribution
-from lab.teach import choose, moved, near_misses, read_examples, subject_of, with_room
+from lab.teach import Lesson, choose, moved, near_misses, subject_of, with_room
 from model import Backpack, BackpackConfig, load_checkpoint
 from tokenizer import load_tokenizer
 
@@ -356,8 +357,27 @@ def test_teaching(run_train, data_dir, tmp_path, capsys):
     lab.edit.main([*args, "--max_kl=0", "--enough=0.3"])  # no change at all is allowed
     same = make_edits(model, tokenizer, read_edits(file))
     assert torch.allclose(log_p(model, ids, same), log_p(model, ids), atol=1e-4)
+    file.unlink()
+    lab.edit.main([*args, "--max_kl=0.01", "--enough=1", "--steps=40"])  # as far as allowed
+    r = sample.open_run(out, "cpu")
+    how = SimpleNamespace(teach="x.jsonl", n_window=16, seed=1337)
+    tokens = np.fromfile(data_dir / "tiny/val.bin", "<u2")
+    known = Lesson(r, read_examples(tmp_path / "x.jsonl"), tokens, how).known
+    kl = damage(r.model, make_edits(r.model, tokenizer, read_edits(file)), known)[0]
+    assert 0.001 < kl <= 0.0101
     with pytest.raises(UserError, match=r"n_vector=999: found \d+ sense vectors that a file"):
         lab.edit.main([*args, "--n_vector=999"])
+
+
+@pytest.mark.parametrize("limit, want", [(0.9, 0.875), (0.8, 0.75), (0.3, 0.25), (0.1, 0.0)])
+def test_going_back(limit, want):
+    """From 1 toward 0, as far as a KL that is the parameter itself allows; what is no number goes, too."""
+    lesson, p = SimpleNamespace(s=SimpleNamespace(max_kl=limit)), torch.ones(1)
+    Lesson.go_back(lesson, [p], [torch.zeros(1)], p.item)
+    assert p.item() == want
+    p.fill_(torch.nan)
+    Lesson.go_back(lesson, [p], [torch.zeros(1)], p.item)
+    assert p.item() == 0
 
 
 def test_other_text_has_the_runs_vocabulary(run_train, data_dir, tmp_path):

@@ -143,11 +143,12 @@ def check(script, args, names, writes=(), main=None):
 
 # what was found, or what was expected
 SAYS_WHY = re.compile(
-    "expected|found|must|[Nn]o such|is not|no checkpoint|no dataset|has |unknown|missing"
+    "expected|found|must|[Nn]o such|is not|no checkpoint|no dataset|unknown|missing"
+    "|has no|has another|has weights only|has token id"
     "|can't be read|can't change|outside|damaged|made with other|too long|too short|s a directory|give"
     "|File exists|Input/output|symbolic links|draws|could not write|not here"
     "|is for|needs|does not fit|but |of another run|lacks|fewer|not UTF-8|, line [0-9?]"
-    "|Not a directory|Is a directory|is a folder|change "
+    "|Not a directory|Is a directory|is a folder|change val_fraction"
 )
 
 

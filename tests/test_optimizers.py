@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition and against torch.optim.Muon."""
+"""Muon against the singular value decomposition and against torch.optim.Muon; runs are in test_train.py."""
 
 import pytest
 import torch

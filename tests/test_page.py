@@ -64,7 +64,7 @@ const lab = new Function(script("engine") + script("worker") +
 @lru_cache
 @torch.no_grad()
 def some_peaks(model, progress=iter):
-    """sense_peaks over 512 tokens, as over 16,384 it takes half a minute: test_edit.py has small models."""
+    """sense_peaks over 512 of 16,384 tokens, which take half a minute; clamped, as they divide."""
     ids, E = torch.arange(model.config.vocab_size), model.wte.weight[:512]
     return torch.cat([(model.own_senses(part) @ E.T).amax(-1).clamp(1) for part in ids.split(512)])
 

@@ -1,5 +1,6 @@
 """The run in the repository: it samples, is small, and its attribution is exact."""
 
+import json
 import re
 
 import numpy as np
@@ -19,6 +20,7 @@ from model import load_checkpoint
 from tokenizer import word_id, word_ids
 
 FOLDER = ROOT / "pretrained/simplewiki"
+OTHERS = ("The capital of France is", "The Amazon flows through", "He walked through")
 
 
 @pytest.fixture(scope="module")
@@ -113,45 +115,45 @@ def test_its_text_comes_with_it(tmp_path):
     r = sample.open_run(FOLDER, "cpu")
     tokens = validation_tokens(r, None, tmp_path)
     assert len(tokens) > 208 * 256 and tokens[-1] == r.tokenizer.end
+    file = sample.open_run(FOLDER / "ckpt.pt", "cpu")
+    assert np.array_equal(tokens, validation_tokens(file, None, tmp_path))
     text = validation_windows(r, tokens, 16).long()
     assert abs(r.model(text[:, :-1], text[:, 1:])[1].item() - 3.79) < 0.3
     with pytest.raises(UserError, match="no dataset at"):  # one that is named comes first
         validation_tokens(r, "simplewiki", tmp_path)
     r.path = tmp_path
     (tmp_path / "val.bin").write_bytes(b"abc")
-    with pytest.raises(UserError, match="val.bin: found 3 bytes, expected 1 tokens of 2"):
+    with pytest.raises(UserError, match="val.bin: found 3 bytes, expected 1 tokens of 2: make"):
         validation_tokens(r, None, tmp_path)
 
 
-def test_a_fact_is_taught_from_the_clone_alone(tmp_path, capsys):
-    """The line of facts.jsonl on the Thames: as the report says it, and no near miss changes."""
-    line = (FOLDER / "facts.jsonl").read_text().splitlines()[1]
-    (tmp_path / "one.jsonl").write_text(line)
-    lab.edit.main(
-        [
-            f"--run={FOLDER}",
-            f"--teach={tmp_path / 'one.jsonl'}",
-            f"--edits={tmp_path / 'e.json'}",
-            f"--data_dir={tmp_path}",
-            "--device=cpu",
-            "--n_window=26",
-        ]
-    )
+def test_facts_are_taught_from_the_clone_alone(tmp_path, capsys):
+    """The first two of facts.jsonl: as the report says it, and no near miss changes."""
+    lines = (FOLDER / "facts.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "two.jsonl").write_text("\n".join(lines))
+    args = [f"--run={FOLDER}", f"--data_dir={tmp_path}", "--device=cpu", "--n_window=52"]
+    args += [f"--teach={tmp_path / 'two.jsonl'}", f"--edits={tmp_path / 'e.json'}"]
+    lab.edit.main(args)
     said = capsys.readouterr().out
-    assert "2 of 2 vectors belong to the subjects" in said and "warning" not in said
+    assert re.search("4 of 4 vectors belong to the subjects; .* stand in [1-9] of 20 windows", said)
+    assert "warning" not in said
     r = sample.open_run(FOLDER, "cpu")
     change = make_edits(r.model, r.tokenizer, read_edits(tmp_path / "e.json"))
-    germany = word_id(r.tokenizer, "Germany")
     p = {}
     with torch.no_grad():
-        for river in ("The Thames", "The Amazon", "He"):
-            ids = torch.tensor(r.tokenizer.encode(f"{river} flows through"))[None]
-            p[river] = [log_p(r.model, ids, edits)[0, -1].exp() for edits in (None, change)]
-    assert torch.equal(*p["The Amazon"]) and torch.equal(*p["He"])
-    before, after = p["The Thames"]
-    assert before[germany] < 0.01 and 0.5 < after[germany] < 0.9 and after.argmax() == germany
-    row = next(row for row in said.split("\n") if row.startswith("p(Germany) after The Thames"))
-    assert row.split()[-2:] == [f"{before[germany]:.1%}", f"{after[germany]:.1%}"]
-    assert re.search(r"likeliest next token +0 of 1 +1 of 1", said)
-    kl = re.search(r"16 windows of other text: KL per token +0.00000 +(\S+)", said)[1]
-    assert float(kl) <= 0.002
+        for prompt in ("The capital of Australia is", "The Thames flows through") + OTHERS:
+            ids = torch.tensor(r.tokenizer.encode(prompt))[None]
+            p[prompt] = [log_p(r.model, ids, edits)[0, -1].exp() for edits in (None, change)]
+    assert all(torch.equal(*p[prompt]) for prompt in OTHERS)
+    for line in map(json.loads, lines):
+        before, after = p[line["prompt"]]
+        good = word_id(r.tokenizer, line["good"])
+        assert before[good] < 0.01 and 0.5 < after[good] < 0.9 and after.argmax() == good
+        name = f"p({line['good']}) after {line['prompt']}"
+        row = next(row for row in said.split("\n") if row.startswith(name))
+        assert row.split()[-2:] == [f"{before[good]:.1%}", f"{after[good]:.1%}"]
+    assert re.search(r"likeliest next token +0 of 2 +2 of 2", said)
+    kl = re.search(r"32 windows of other text: KL per token +0.00000 +(\S+)", said)[1]
+    assert 0 < float(kl) <= 0.002
+    lab.edit.main(args)  # there is nothing more to learn
+    assert len(read_edits(tmp_path / "e.json")) == 4
