@@ -23,15 +23,19 @@ def orthogonal(M):
 
 
 class Muon(torch.optim.Optimizer):
-    """params: matrices, or groups of them. Nesterov momentum, decoupled weight decay (lr * weight_decay)."""
+    """params: matrices, or groups of them. Nesterov momentum, decoupled weight decay (lr * weight_decay).
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    blocks: into how many matrices, one below the other, each of a group is cut before it is made orthogonal.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, blocks=1):
+        options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": blocks}
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, beta, shapes = group["lr"], group["momentum"], {}
+            lr, beta, blocks, shapes = group["lr"], group["momentum"], group["blocks"], {}
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for (m, n), params in shapes.items():
@@ -40,10 +44,10 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     self.state[p]["momentum"].lerp_(p.grad, 1 - beta)
                 moved = [p.grad.lerp(self.state[p]["momentum"], beta) for p in params]
-                updates = orthogonal(torch.stack(moved))  # (count,m,n)
-                for p, update in zip(params, updates):
+                moved = torch.stack(moved).unflatten(1, (blocks, -1))  # (count,blocks,m/blocks,n)
+                for p, update in zip(params, orthogonal(moved).flatten(1, 2)):  # (m,n) each
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update, alpha=-lr * max(1, m / n) ** 0.5)
+                    p.add_(update, alpha=-lr * max(1, m / blocks / n) ** 0.5)
 
 
 def make_optimizers(model, s, device):
@@ -51,7 +55,16 @@ def make_optimizers(model, s, device):
     matrices, rest = model.param_groups(s.weight_decay)
     options = {"betas": (s.beta1, s.beta2), "fused": device.type in ("cuda", "cpu", "mps")}
     adamw = torch.optim.AdamW([rest] if s.muon_lr else [matrices, rest], s.learning_rate, **options)
-    return {"optimizer": adamw} | ({"muon": Muon([matrices], s.muon_lr)} if s.muon_lr else {})
+    if not s.muon_lr:
+        return {"optimizer": adamw}
+    groups = [matrices]
+    if (
+        K := model.config.n_sense
+    ):  # senses are K matrices of their own, which also takes less time than one
+        senses = model.sense_network.mlp_out.proj.weight  # (K*D,inner)
+        matrices["params"] = [p for p in matrices["params"] if p is not senses]
+        groups.append(matrices | {"params": [senses], "blocks": K})
+    return {"optimizer": adamw, "muon": Muon(groups, s.muon_lr)}
 
 
 def load_optimizer(optimizer, saved, out):

@@ -12,13 +12,13 @@ n_qk = 32  # the paper's n_embd / n_sense would be only 8 here
 init_std = 0.08  # about n_embd ** -0.5
 transformer_share = 0.75  # without it the Transformer inside collapses: lab/notes/small_runs.md
 
-tokens_per_step = 12 * 64
-batch_size = 12
-max_iters = 3000
-learning_rate, min_lr, schedule = 3e-3, 3e-4, "cosine"
+tokens_per_step = 24 * 64
+batch_size = 24
+max_iters = 1250
+learning_rate, muon_lr = 3e-3, 0.02
 warmup_iters = 100
 beta2 = 0.99
 
-eval_interval = 500
-eval_iters = 100
+eval_interval = 250
+eval_iters = 50
 log_interval = 50

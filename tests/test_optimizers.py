@@ -1,9 +1,12 @@
 """Muon against the singular value decomposition and against torch.optim.Muon; runs are in test_train.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from optimizers import Muon, orthogonal
+from model import Backpack, BackpackConfig
+from optimizers import Muon, make_optimizers, orthogonal
 
 SHAPES = [(8, 8), (40, 8), (8, 40)]
 
@@ -35,3 +38,35 @@ def test_steps_are_those_of_torch():
             optimizer.step()
     for a, b, p in zip(mine, theirs, start):
         assert (a - b).norm() < 0.03 * (a - p).norm()
+
+
+def test_blocks_are_matrices_of_their_own():
+    torch.manual_seed(0)
+    whole = torch.randn(12, 8, requires_grad=True)
+    parts = [part.detach().clone().requires_grad_() for part in whole.chunk(3)]
+    pairs = [(Muon([whole], 0.02, blocks=3), [whole]), (Muon(parts, 0.02), parts)]
+    for _ in range(3):
+        grad = torch.randn(12, 8)
+        for optimizer, params in pairs:
+            for p, g in zip(params, grad.chunk(len(params))):
+                p.grad = g
+            optimizer.step()
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_sense", [0, 4])
+def test_each_sense_is_a_matrix_of_its_own(n_sense):
+    """Of all matrices but the embeddings; vectors and embeddings are AdamW's."""
+    sizes = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    model = Backpack(BackpackConfig(**sizes, n_sense=n_sense))
+    how = {"learning_rate": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99}
+    made = make_optimizers(model, SimpleNamespace(muon_lr=0.01, **how), torch.device("cpu"))
+    name = {p: name for name, p in model.named_parameters()}
+    blocks = {name[p]: g["blocks"] for g in made["muon"].param_groups for p in g["params"]}
+    rest = {name[p] for g in made["optimizer"].param_groups for p in g["params"]}
+    assert blocks.keys() | rest == {*name.values()} and not blocks.keys() & rest
+    assert {key for key, n in blocks.items() if n != 1} == (
+        {"sense_network.mlp_out.proj.weight"} if n_sense else set()
+    )
+    assert all(("weight" in key) and "ln" not in key and "e.weight" not in key for key in blocks)
+    assert {"wte.weight", "wpe.weight"} < rest
