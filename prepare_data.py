@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UsageError, UserError, changed, configure, run
+from configurator import UsageError, UserError, changed, configure, run, short
 from data.corpora import BUILT_IN, input_files, keep_apart, own_origin, own_text, plays
 from files import hold, parse_json, read_json, read_text, write_text
 from tokenizer import KINDS, UNKNOWN, learn, load_tokenizer, token_dtype
@@ -204,7 +204,7 @@ def is_made(folder, origin):
         made = read_json(path, {"source?": dict}).get("source") or {}
     for key in made | origin:
         if made.get(key) != origin.get(key):
-            what = f"found {key}={made.get(key)!r}, expected {origin.get(key)!r}"
+            what = f"found {key[:40]}={short(made.get(key))}, expected {short(origin.get(key))}"
             hint = "use another --dataset=NAME, or --overwrite to replace it"
             raise UserError(f"{folder} was made with other settings: {what}: {hint}")
     return len(there) == len(FILES)
