@@ -653,7 +653,9 @@ def test_damaged_file(world, name, data):
 
 
 def check_reader(reader):
-    names = [Path(reader.file).name, *reader.named]
+    file = Path(reader.file)
+    folder = [str(file.parent)] if file.parent.name else []  # a run is named by its folder
+    names = [file.name, *folder, *reader.named]
     return check(reader.script, reader.args.split(), names, reader.writes)
 
 
