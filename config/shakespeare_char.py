@@ -14,11 +14,11 @@ transformer_share = 0.75  # without it the Transformer inside collapses: lab/not
 
 tokens_per_step = 24 * 64
 batch_size = 24
-max_iters = 1250
+max_iters = 1150
 learning_rate, muon_lr = 3e-3, 0.02
 warmup_iters = 100
 beta2 = 0.99
 
 eval_interval = 250
-eval_iters = 50
+eval_iters = 25
 log_interval = 50
