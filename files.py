@@ -116,7 +116,7 @@ def expect_place(path):
     """Ask before long work whose result goes to path. UserError: replacing could not write it there."""
     real = Path(os.path.realpath(path))
     folder = next(parent for parent in real.parents if parent.exists())
-    what = "it is a folder" if real.is_dir() else f"{folder} is no folder"
+    what = "found a folder" if real.is_dir() else f"{folder} is no folder"
     if folder.is_dir() and not real.is_dir():
         what = "" if os.access(folder, os.W_OK) else f"{folder} must not be written"
     if what:

@@ -259,7 +259,7 @@ def make(folder, settings, origin, spec, make_source):
         discard(folder)
         raise UserError(
             f"{n_documents} documents gave {n_train} training and {n_val} validation tokens: change "
-            f"val_fraction={settings.val_fraction} or documents={settings.documents!r}, or add text"
+            f"val_fraction={settings.val_fraction} or documents={settings.documents!r}, or give more text"
         )
     meta = {"dtype": dtype.name, "vocab_size": vocab_size, "tokenizer": state["spec"]}
     finish(folder, meta | counts | {"source": origin})

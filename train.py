@@ -139,7 +139,7 @@ def run_problems(s, ckpt, init, out):
         if key not in FREE_KEYS and getattr(s, key) != value:
             problems.append(f"{key}={getattr(s, key)}, but {init} has {value}")
     if resume and "optimizer" not in ckpt and not s.eval_only:
-        hint = f"finetune them with --init_from={out} and another --out_dir"
+        hint = f"finetune them with --init_from={out}, and give another --out_dir"
         problems.append(f"{out} has weights only: {hint}")
     if resume and ckpt["step"] and bool(s.muon_lr) != ("muon" in ckpt) and "optimizer" in ckpt:
         trained = "with" if "muon" in ckpt else "without"

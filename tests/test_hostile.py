@@ -143,12 +143,11 @@ def check(script, args, names, writes=(), main=None):
 
 # what was found, or what was expected
 SAYS_WHY = re.compile(
-    "expected|found|must|[Nn]o such|is not|no checkpoint|no dataset|unknown|missing"
-    "|has no|has another|has weights only|has token id"
+    "expected|found|must|[Nn]o such|is not|no checkpoint|no dataset|has no|has another|unknown|missing"
     "|can't be read|can't change|outside|damaged|made with other|too long|too short|s a directory|give"
     "|File exists|Input/output|symbolic links|draws|could not write|not here"
     "|is for|needs|does not fit|but |of another run|lacks|fewer|not UTF-8|, line [0-9?]"
-    "|Not a directory|Is a directory|is a folder|change val_fraction"
+    "|Not a directory|Is a directory"
 )
 
 
@@ -783,12 +782,8 @@ def check_setting(script, args, key, value, in_file):
     if isinstance(value, str) and not {*value} & {"\0", "\ud800"}:
         names += [str(Path(value).resolve())]
     outputs = [str(value)] if key in ("html", "plot", "json", "profile", "edits") else []
-    return check(
-        script,
-        args,
-        names,
-        ["edits.json", "out/run/*", *(o for o in outputs if Path(o.strip()).name)],
-    )
+    writes = [path for path in outputs if Path(path.strip()).name]  # others name no file
+    return check(script, args, names, ["edits.json", "out/run/*", *writes])
 
 
 def assignment(key, value):
