@@ -125,6 +125,11 @@ def moved(edits, tokens, senses, delta):
 # ---- teaching
 
 
+def log_likelihood(each, ids):
+    """The log-probability of ids (m,), a scalar; each (m,V): log-probabilities where they stand."""
+    return -F.nll_loss(each, ids, reduction="sum")
+
+
 class Lesson:
     """Examples, near misses and other text as token ids, for one model as the edits base leave it.
 
@@ -168,14 +173,12 @@ class Lesson:
         return log_p(self.model, idx, self.base)
 
     def end(self, after, encoded):
-        """What is said where an end stands, and its tokens: log-probabilities (m,V), ids (m,)."""
+        """What is said where an end stands, and the end: log-probabilities (m,V), ids (m,).
+
+        encoded: (ids (T,), index of the end's first token).
+        """
         ids, first = encoded
         return after(ids[None, :-1])[0, first - 1 :], ids[first:]
-
-    def said(self, after, encoded):
-        """The log-probability of an end: encoded (ids (T,), index of its first token) -> a scalar."""
-        each, ids = self.end(after, encoded)
-        return each.gather(1, ids[:, None]).sum()
 
     def kl(self, after, idx):
         """KL(before || after) of the next token: idx (B,T) -> (B,T)."""
@@ -188,19 +191,16 @@ class Lesson:
         ids, first = encoded
         return self.kl(after, ids[None, :first])[0, -1]
 
-    def learn(self, params, after, learning_rate, title, tokens=None):
+    def learn(self, params, after, learning_rate, title, known):
         """Change params, by Adam, so that good ends become likely and all else stays as it is.
 
-        after: a function of idx to log-probabilities, which depend on params; tokens: the only ones whose
-        senses depend on them, None: any. It ends when every good end has the probability s.enough, or when
-        the windows known change by more than s.max_kl: then params go back as far as needed.
+        after: a function of idx to log-probabilities, which depend on params; known (m,T+1): those of the
+        windows self.known that they can change. It ends when every good end has the probability s.enough, or
+        when self.known changes by more than s.max_kl: then params go back as far as needed.
         """
-        s, known = self.s, self.known
+        s, share = self.s, len(known) / len(self.known)
         # without momentum, which would go on beyond what is enough
         optimizer = torch.optim.Adam(params, learning_rate, betas=(0.0, 0.999))
-        if tokens is not None:  # a text without them stays exactly as it is
-            known = known[torch.isin(known[:, :-1], tokens).any(1)]  # (m,T+1)
-        share = len(known) / len(self.known)
 
         def drawn(n):
             return torch.randperm(n, generator=random)[:4].tolist()
@@ -213,7 +213,9 @@ class Lesson:
         safe = [p.detach().clone() for p in params]
         progress = tqdm(range(s.steps + 1), title)
         for step in progress:
-            said = torch.stack([self.said(after, good) for good in self.goods])  # (examples,)
+            said = torch.stack(
+                [log_likelihood(*self.end(after, good)) for good in self.goods]
+            )  # (examples,)
             least = said.exp().min().item()
             if step % 10 == 0 or step == s.steps or least >= s.enough:
                 kl = kl_known()
@@ -225,8 +227,10 @@ class Lesson:
                 if is_over or least >= s.enough or step == s.steps:
                     break
                 safe = [p.detach().clone() for p in params]
-            pairs = [(self.said(after, bad), good) for bad, good in zip(self.bads, said) if bad]
-            loss = sum(F.softplus(bad - good) for bad, good in pairs) - said.clamp(max=goal).sum()
+            loss = -said.clamp(max=goal).sum()
+            for bad, good in zip(self.bads, said):
+                if bad:
+                    loss = loss + F.softplus(log_likelihood(*self.end(after, bad)) - good)
             random.manual_seed(s.seed + step)
             kept = [self.near_kl(after, near[i]) / 4 for i in drawn(len(near))]
             if share:
@@ -252,13 +256,14 @@ class Lesson:
     def figures(self, after):
         """[(what is measured, its value as text)] on the examples, near misses and unseen text."""
         texts = [printable(f"p({e['good']}) after {e['prompt']}") for e in self.examples]
-        rows = [(x, f"{self.said(after, good).exp():.1%}") for x, good in zip(texts, self.goods)]
         ends = [self.end(after, good) for good in self.goods]
+        rows = [(x, f"{log_likelihood(*end).exp():.1%}") for x, end in zip(texts, ends)]
         likeliest = sum(each.argmax(-1).equal(ids) for each, ids in ends)
         rows.append(("... that are the likeliest next token", f"{likeliest} of {len(ends)}"))
         if near := self.near[1::2]:
-            kls = [self.near_kl(after, one).item() for one in near]
-            p, q = ([self.said(f, one).exp().item() for one in near] for f in (self.before, after))
+            pairs = [(self.end(self.before, one), self.end(after, one)) for one in near]
+            kls = [divergence(x[0], y[0]).item() for (x, _), (y, _) in pairs]
+            p, q = ([log_likelihood(*end).exp().item() for end in side] for side in zip(*pairs))
             gain = max(b - a for a, b in zip(p, q))
             rows.append((f"{len(near)} near misses: KL of the next token", f"{np.mean(kls):.5f}"))
             rows.append(("... p(good): mean, largest gain", f"{np.mean(q):.1%}, {gain:+.1%}"))
@@ -284,9 +289,10 @@ def teach(r, examples, tokens, s, taken=()):
     wanted = [(*good, list(own)) for good, own in zip(lesson.goods, about)]
     n = s.n_vector or 2 * len(examples)
     chosen, senses = choose(model, tokenizer, wanted, lesson.known, n, s.elsewhere, taken)
-    own = torch.tensor(list(set().union(*about)), device=r.device)
-    n_own, n_known = torch.isin(chosen, own).sum(), torch.isin(lesson.known, chosen).any(1).sum()
-    where = f"their tokens stand in {n_known} of {len(lesson.known)} windows to learn from"
+    # a window without these tokens stays exactly as it is
+    known = lesson.known[torch.isin(lesson.known[:, :-1], chosen).any(1)]  # (m,T+1)
+    n_own = sum(i in set().union(*about) for i in chosen.tolist())
+    where = f"their tokens stand in {len(known)} of {len(lesson.known)} windows to learn from"
     print(f"{n_own} of {n} vectors belong to the subjects; {where}")
     for example, subject, own in zip(examples, lesson.subjects, about):
         if not own & set(chosen.tolist()):
@@ -298,7 +304,7 @@ def teach(r, examples, tokens, s, taken=()):
     def with_vectors(idx):
         return log_p(model, idx, moved(room, chosen, senses, delta))
 
-    lesson.learn([delta], with_vectors, s.learning_rate, "teaching", chosen)
+    lesson.learn([delta], with_vectors, s.learning_rate, "teaching", known)
     afters = {"before": lesson.before, "taught": with_vectors}
     if s.compare:
         other = copy.deepcopy(model)
@@ -307,7 +313,8 @@ def teach(r, examples, tokens, s, taken=()):
         def with_weights(idx):
             return log_p(other, idx, lesson.base)
 
-        lesson.learn(weights, with_weights, s.learning_rate / 2500, "finetuning all weights")
+        title, slower = "finetuning all weights", s.learning_rate / 2500
+        lesson.learn(weights, with_weights, slower, title, lesson.known)
         afters["all weights"] = with_weights
     columns = [lesson.figures(after) for after in afters.values()]
     print(" " * 50 + "".join(f"{name:>15}" for name in afters))
