@@ -54,16 +54,15 @@ def make_optimizers(model, s, device):
     """{name in a checkpoint: optimizer}: AdamW, and with muon_lr Muon for the matrices."""
     matrices, rest = model.param_groups(s.weight_decay)
     options = {"betas": (s.beta1, s.beta2), "fused": device.type in ("cuda", "cpu", "mps")}
-    adamw = torch.optim.AdamW([rest] if s.muon_lr else [matrices, rest], s.learning_rate, **options)
     if not s.muon_lr:
-        return {"optimizer": adamw}
+        return {"optimizer": torch.optim.AdamW([matrices, rest], s.learning_rate, **options)}
     groups = [matrices]
-    if (
-        K := model.config.n_sense
-    ):  # senses are K matrices of their own, which also takes less time than one
+    # each sense is a matrix of its own, which also takes less time than all of them as one
+    if K := model.config.n_sense:
         senses = model.sense_network.mlp_out.proj.weight  # (K*D,inner)
         matrices["params"] = [p for p in matrices["params"] if p is not senses]
         groups.append(matrices | {"params": [senses], "blocks": K})
+    adamw = torch.optim.AdamW([rest], s.learning_rate, **options)
     return {"optimizer": adamw, "muon": Muon(groups, s.muon_lr)}
 
 

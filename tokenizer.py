@@ -158,8 +158,11 @@ def word_ids(tokenizer, word):
     No space is added for a char vocabulary, nor where one (or the dot that we print) is there, nor for a
     "word" in double quotes, which stands for exactly what they enclose. UserError: it is empty.
     """
-    text = word[1:-1] if is_quoted(word) else word
-    if text is word and tokenizer.end is not None:
+    if is_quoted(word):
+        text = word[1:-1]
+    elif tokenizer.end is None:
+        text = word
+    else:
         text = " " + word.removeprefix("\u00b7").removeprefix(" ")
     ids = tokenizer.encode(text).tolist()
     if not ids or not word.strip():

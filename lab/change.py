@@ -37,10 +37,8 @@ def validation_windows(r, tokens, n):
     if len(tokens) <= T:
         raise UserError(f"found {len(tokens)} tokens of other text, expected {T + 1}")
     apart, least = (len(tokens) - 1) // T, 13  # which lab/teach.py shares out
-    if min(n, apart) < least:
-        print(
-            f"warning: windows overlap, as {len(tokens):,} tokens are few: the report is too good"
-        )
+    if apart < least:
+        print(f"warning: {len(tokens):,} tokens of other text are few: its windows overlap")
     starts = np.linspace(0, len(tokens) - T - 1, min(n, max(least, apart))).astype(int)
     x, y, _ = get_batch(tokens, starts, T, r.device, r.model.config.vocab_size)  # (n,T) each
     return torch.cat([x, y[:, -1:]], 1)

@@ -61,16 +61,14 @@ class Settings:
     n_vector: int | None = None  # [1, 1e4] with teach: how many to learn; None: two an example
     enough: float = 0.5  # [0, 1] with teach: end when all good ends are at least this probable
     max_kl: float = (
-        0.002  # [0, 100] with teach: ... or before this would change other text more, in nats
+        0.002  # [0, 100] with teach: ... or before this changes other text more, in nats
     )
     kl_weight: float = 30.0  # [0, 1e6] with teach: weight of that change in the loss
     elsewhere: float = 1000.0  # [0, 1e9] with teach: how much use elsewhere speaks against a vector
     learning_rate: float = 0.05  # (0, 100] with teach: of Adam
     steps: int = 150  # [1, 1e6] with teach: at most
     compare: bool = False  # with teach: also finetune a copy of all weights, and report on both
-    dataset: str | None = (
-        None  # with teach: its val.bin is other text; None: what comes with the run
-    )
+    dataset: str | None = None  # with teach: its val.bin is other text; None: the run's own
     data_dir: str = "data"  # with teach: where datasets lie
     n_window: int = 208  # [13, 1e5] with teach: windows of other text, 8 of 13 for the report
     seed: int = 1337  # [0, 4294967295] with teach: of all that is drawn
