@@ -745,21 +745,20 @@ def test_an_export_is_whole_or_not_there(exported, tmp_path, monkeypatch):
     convert.main([*args, "--overwrite=True"])
 
 
+def training_arguments(folder, max_steps):
+    """Of transformers' Trainer: batches of 4 on the CPU, of which nothing is saved or reported."""
+    how = {"use_cpu": True, "report_to": [], "save_strategy": "no", "learning_rate": 1e-2}
+    how |= {"output_dir": folder, "max_steps": max_steps, "per_device_train_batch_size": 4}
+    return pytest.importorskip("transformers").TrainingArguments(**how)
+
+
 def test_trainer_of_transformers(exported, tmp_path):
     """Two steps, and an evaluation equal to ours."""
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
     model = transformers.AutoModelForCausalLM.from_pretrained(exported[1], trust_remote_code=True)
     x = torch.randint(300, (8, 20), generator=torch.Generator().manual_seed(0))
     texts = [{"input_ids": row, "labels": row} for row in x]
-    args = transformers.TrainingArguments(
-        output_dir=tmp_path,
-        max_steps=2,
-        per_device_train_batch_size=4,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        learning_rate=1e-2,
-    )
+    args = training_arguments(tmp_path, max_steps=2)
     trainer = transformers.Trainer(model=model, args=args, train_dataset=texts, eval_dataset=texts)
     with torch.no_grad():
         assert abs(trainer.evaluate()["eval_loss"] - exported[0](x[:, :-1], x[:, 1:])[1]) < 1e-5
@@ -789,15 +788,7 @@ def test_a_classifier_for_transformers(exported, tmp_path):
         )
         assert torch.allclose(model(x).logits[0], want[0], atol=1e-5)
     texts = [{"input_ids": row, "label": n % 3} for n, row in enumerate(x)]
-    args = transformers.TrainingArguments(
-        output_dir=tmp_path,
-        max_steps=1,
-        per_device_train_batch_size=4,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        learning_rate=1e-2,
-    )
+    args = training_arguments(tmp_path, max_steps=1)
     parts = model.score, model.backpack.sense_qk, model.backpack.wte
     before = [part.weight.detach().clone() for part in parts]
     transformers.Trainer(model=model, args=args, train_dataset=texts).train()

@@ -474,6 +474,7 @@ def loss_head(vocab_size=8190):
         ("aot_eager", torch.bfloat16, 1),
         ("inductor", torch.float32, 1),
         ("inductor", torch.bfloat16, 1),
+        ("inductor", torch.float16, 65536),
     ],
 )
 def test_the_loss_and_its_gradients_in_16_bits(mode, dtype, scale):
