@@ -60,9 +60,7 @@ class Settings:
     teach: str | None = None  # learn vectors from a file of {"prompt", "good"}, see lab/teach.py
     n_vector: int | None = None  # [1, 1e4] with teach: how many to learn; None: two an example
     enough: float = 0.5  # [0, 1] with teach: end when all good ends are at least this probable
-    max_kl: float = (
-        0.002  # [0, 100] with teach: ... or before this changes other text more, in nats
-    )
+    max_kl: float = 0.002  # [0, 100] with teach: ... or before it changes other text more, in nats
     kl_weight: float = 30.0  # [0, 1e6] with teach: weight of that change in the loss
     elsewhere: float = 1000.0  # [0, 1e9] with teach: how much use elsewhere speaks against a vector
     learning_rate: float = 0.05  # (0, 100] with teach: of Adam
