@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_SILENT"] = "true"
-torch.set_num_threads(1)  # more threads would only slow such small tensors down
+# More threads would only slow such small tensors down, here and in the commands that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import prepare_data  # noqa: E402
 import train  # noqa: E402

@@ -164,7 +164,7 @@ def test_the_text_view_shows_the_models_numbers(look, bpe_run):
     shown = look("--text=The nurse said that", "--target=he", "--against=she", "--top=2")
     r = open_run(bpe_run, "cpu")
     model, tokenizer = r.model, r.tokenizer
-    logits = model(torch.tensor([tokenizer.encode("The nurse said that")]))[0][0, -1]
+    logits = model(torch.tensor(tokenizer.encode("The nurse said that"))[None])[0][0, -1]
     he, she = (word_ids(tokenizer, word)[0] for word in ("he", "she"))
     assert f"{(logits[he] - logits[she]).item():+.3f}" in shown
     edit = look(
@@ -213,7 +213,7 @@ def test_the_table_page_needs_nothing_else_and_holds_the_models_numbers(bpe_run)
         and len(data["words"]) > 50
     )
     model, tokenizer = r.model, r.tokenizer
-    ids = torch.tensor([tokenizer.encode("The nurse said that")])
+    ids = torch.tensor(tokenizer.encode("The nurse said that"))[None]
     assert data["text"]["ids"] == ids[0].tolist() and len(data["text"]["steps"]) == ids.size(1)
     for i, step in enumerate(data["text"]["steps"]):
         logits = model(ids)[0][0, i]
@@ -307,9 +307,8 @@ def test_he_or_she_in_a_padded_batch(bpe_run):
         found = experiments.he_she(model, tokenizer, prompts, PEOPLE)
         for i, noun in enumerate(PEOPLE):
             for j, prompt in enumerate(prompts):
-                p = model(torch.tensor([tokenizer.encode(prompt.replace("PROFESSION", noun))]))[0][
-                    0, -1
-                ].softmax(-1)
+                ids = tokenizer.encode(prompt.replace("PROFESSION", noun))
+                p = model(torch.tensor(ids)[None])[0][0, -1].softmax(-1)
                 he, she = (p[word_ids(tokenizer, word)[0]] for word in ("he", "she"))
                 assert abs(found[i, j] / max(he / she, she / he) - 1) < 1e-4
 

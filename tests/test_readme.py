@@ -54,7 +54,7 @@ def test_the_first_lines_are_the_two_commands():
     first, second = re.findall(r"^python3 .*", README, re.M)
     assert first.startswith(f"{install} requirements.txt && python prepare_data.py && ")
     # .ci/run takes the first line that has this name
-    assert second == f"{install} requirements-dev.txt && python -m pytest"
+    assert second == f"{install} requirements-dev.txt && python -m pytest -n 2 --dist loadfile"
     assert re.search(r".*requirements-dev\.txt.*", README)[0] == second
 
 

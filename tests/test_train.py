@@ -258,7 +258,6 @@ def command(data_dir, out, *args, launcher=(sys.executable,)):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -468,7 +467,6 @@ train.main(sys.argv[1:])
         [*torchrun(), str(script), *args, "--max_iters=2", f"--out_dir={tmp_path / 'run'}"],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
