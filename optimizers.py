@@ -37,7 +37,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, beta, blocks, shapes = group["lr"], group["momentum"], group["blocks"], {}
             for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
             for (m, n), params in shapes.items():
                 for p in params:
                     if not self.state[p]:

@@ -54,6 +54,13 @@ def test_blocks_are_matrices_of_their_own():
     assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
 
 
+def test_a_matrix_without_a_gradient_stays():
+    frozen, moving = torch.ones(4, 4, requires_grad=True), torch.ones(4, 4, requires_grad=True)
+    moving.sum().backward()
+    Muon([frozen, moving], 0.02).step()
+    assert (frozen == 1).all() and (moving != 1).all()
+
+
 @pytest.mark.parametrize("n_sense", [0, 4])
 def test_each_sense_is_a_matrix_of_its_own(n_sense):
     """Of all matrices but the embeddings; vectors and embeddings are AdamW's."""
