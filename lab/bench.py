@@ -187,7 +187,7 @@ def training(s, one, flops):
 def parts(s, one):
     """{part of a Backpack's training step: (FLOPs per token, seconds forward and backward alone)}."""
     model, (x, y, (ids, where)) = one.model, one.batch()
-    flops = hardware.flops_per_token(model, len(ids) / x.numel()) | {"clip and optimizer": 0}
+    flops = hardware.flops_per_token(model, len(ids) / x.numel()) | {"clip and step": 0}
     with torch.no_grad(), one.amp:
         h, C = model.hidden(x)[0], model.senses(ids).float()  # (B,T,D), (U,K,D)
 
@@ -212,7 +212,7 @@ def parts(s, one):
 
     times = take_turns(s, timers, update)
     update()
-    times["clip and optimizer"] = updates[1:]  # the first had no gradients
+    times["clip and step"] = updates[1:]  # the first had no gradients
     return {name: (flops[name], float(np.median(runs))) for name, runs in times.items()}
 
 

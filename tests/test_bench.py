@@ -16,7 +16,10 @@ from model import Backpack, BackpackConfig
 
 @pytest.fixture
 def args(tmp_path, data_dir):
-    lines = [arg[2:] for arg in TINY if "device" not in arg] + ["dataset = 'tiny'", "muon_lr = 0.02"]
+    lines = [arg[2:] for arg in TINY if "device" not in arg] + [
+        "dataset = 'tiny'",
+        "muon_lr = 0.02",
+    ]
     (tmp_path / "c.py").write_text("\n".join(lines))
     return [
         f"--config={tmp_path / 'c.py'}",
@@ -74,7 +77,7 @@ def test_the_command_prints_a_block_and_writes_json(args, tmp_path, capsys):
     for name, times in result["seconds"].items():
         assert all(len(runs) == 2 for runs in times.values()) and f"\n{name} " in out
     assert result["flop floor"] > 1 and "backpack / transformer" in out
-    parts = {"Transformer", "sense network", "alpha and sum", "logits and loss", "clip and optimizer"}
+    parts = {"Transformer", "sense network", "alpha and sum", "logits and loss", "clip and step"}
     assert {part for part, (_, took) in result["parts"].items() if took > 0} == parts
 
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
