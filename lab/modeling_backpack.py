@@ -8,6 +8,7 @@ model.backpack.edits     None, or the edits of senses that lab.convert --edits=F
 from dataclasses import dataclass, fields
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
@@ -85,6 +86,21 @@ class BackpackPreTrained(PreTrainedModel):
 
     def get_input_embeddings(self):
         return self.backpack.wte
+
+    def set_input_embeddings(self, value):
+        """Another E: it has as many tokens as rows; edits leave the new ones as they are."""
+        model, edits = self.backpack, self.backpack.edits
+        if edits is not None:
+            more = value.num_embeddings - len(edits.row)
+            edits.row = F.pad(edits.row, (0, more))  # (V,)
+            edits.w = F.pad(edits.w, (0, 0, 0, more), value=1.0)  # (m,V,K)
+        model.wte, model.config.vocab_size = value, value.num_embeddings
+
+    set_output_embeddings = set_input_embeddings  # tied
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, **how):
+        """As transformers has it, but always to a multiple of 8, as the rows of model.py's E are."""
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of or 8, **how)
 
     def get_output_embeddings(self):
         return self.backpack.wte  # tied: E, and up to seven rows of padding, which have no logits

@@ -811,6 +811,30 @@ def test_a_pipeline_generates_to_the_last_position(exported):
     )
 
 
+@torch.no_grad()
+def test_more_tokens_for_transformers(exported, tmp_path):
+    """What the model says of the old ones stays, edits too; the new ones are saved and learn like any."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "e.json").write_text(json.dumps(parse('scale "d" 0 0; topic "w" 3')))
+    source, edited = f"--source={exported[1].parent / 'run'}", tmp_path / "edited"
+    convert.main([source, "--to=hf", f"--dest={edited}", f"--edits={tmp_path / 'e.json'}"])
+    x, new = torch.tensor([[5, 9, 1, 7]]), torch.tensor([[5, 303]])
+    for folder in (exported[1], edited):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        before = model.eval()(x).logits
+        model.resize_token_embeddings(303)  # 304, as rows are a multiple of 8
+        assert model.config.vocab_size == 304
+        assert torch.allclose(model(x).logits[..., :300], before, atol=1e-5)
+        with torch.enable_grad():
+            model(new, labels=new).loss.backward()
+        assert model.get_input_embeddings().weight.grad[303].any()
+        model.save_pretrained(tmp_path / f"{folder.name}-more")
+        again = type(model).from_pretrained(tmp_path / f"{folder.name}-more")
+        assert torch.equal(again.eval()(new).logits, model(new).logits)
+        model.resize_token_embeddings(8)
+        assert torch.allclose(model(x % 8).logits, again(x % 8).logits[..., :8], atol=1e-5)
+
+
 def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(load_checkpoint(exported[1].parent / "run")["meta"]["tokenizer"])
