@@ -29,9 +29,9 @@ RUNS = {
     "Backpack (paper)": ["--n_qk=8", "--transformer_share=0"],
     "Backpack (ours)": [],
 }
-# the recipe of that day; the config has got another since
-HOW = "--muon_lr=0 --tokens_per_step=768 --batch_size=12 --schedule=cosine --min_lr=3e-4"
-HOW += " --sense_mlp_ratio=4 --sense_out_ratio=4"
+# what the config said on the day of these runs
+RECIPE = ["--muon_lr=0", "--tokens_per_step=768", "--batch_size=12", "--schedule=cosine"]
+RECIPE += ["--min_lr=3e-4", "--sense_mlp_ratio=4", "--sense_out_ratio=4"]
 COLORS = ("#888888", "#c44e52", "#1f6fb4")
 PANELS = [
     ("mean loss", "validation loss, nats", "linear"),
@@ -67,7 +67,7 @@ def train_all(folder, steps, data_dir):
         out = folder / name
         if not (out / f"step{steps}.pt").exists():
             how = [f"--out_dir={out}", f"--data_dir={data_dir}", f"--max_iters={steps}"]
-            how += [*HOW.split(), f"--eval_interval={steps // 10}", "--overwrite=True", *args]
+            how += [*RECIPE, f"--eval_interval={steps // 10}", "--overwrite=True", *args]
             train.main([str(ROOT / "config/shakespeare_char.py"), *how])
         checkpoints = range(0, steps + 1, steps // 10)
         models[name] = [(i, Backpack.from_checkpoint(out / f"step{i}.pt")) for i in checkpoints]
