@@ -280,8 +280,11 @@ def train(s, sources, stop):
 
     say(f"train.py\n{changed(s, sources)}")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0" and (out / "ckpt.pt").exists():
-        s.init_from = "resume"  # torchrun has started this worker group again
+    launch, about = os.environ.get("TORCHELASTIC_RUN_ID", ""), out / "config.json"
+    before = read_json(about, {"launch?": str}) if restarts != "0" and about.is_file() else {}
+    if before.get("launch") == launch:
+        # torchrun has started this worker group again, and what is in the folder is its own
+        s.init_from, s.overwrite = "resume" if (out / "ckpt.pt").exists() else s.init_from, True
     resume, ckpt, problems = s.init_from == "resume", None, []
     init = out if resume else Path(s.init_from)
     if s.init_from != "scratch":
@@ -345,7 +348,7 @@ def train(s, sources, stop):
     model.to(device).train()
 
     # ---- optimizer
-    optimizers = make_optimizers(model, s, device)
+    optimizers = make_optimizers(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best, wandb_id = ckpt["step"] if resume else 0, math.inf, None
     saved = step if resume else None  # the step of the last checkpoint
@@ -456,8 +459,8 @@ def train(s, sources, stop):
         else:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-        about = asdict(config) | settings | {"torch": torch.__version__}
-        write_text(out / "config.json", json.dumps(about, indent=1))
+        what = asdict(config) | settings | {"torch": torch.__version__, "launch": launch}
+        write_text(about, json.dumps(what, indent=1))
         metrics = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
 
     def log(**figures):

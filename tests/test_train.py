@@ -336,6 +336,24 @@ def test_torchrun_recovers_from_a_killed_worker(run_train, data_dir, tmp_path):
     assert records(one, "val_loss") == pytest.approx(records(cut, "val_loss"), rel=1e-3)
 
 
+def test_a_restart_takes_no_other_launch_for_its_own(run_train, monkeypatch):
+    """torchrun starts again what failed, whatever the reason, also where a folder had a run before."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    out = run_train("--max_iters=4")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(UserError, match="has ckpt.pt and metrics.jsonl of another run"):
+        run_train("--max_iters=6")
+    run_train("--max_iters=6", "--overwrite=True")
+    assert list(records(out, "loss")) == [1, 2, 3, 4, 5, 6]  # from scratch
+    last = records(out, "loss")[6]
+    run_train("--max_iters=8", "--overwrite=True")  # its own: it goes on
+    assert list(records(out, "loss")) == list(range(1, 9)) and records(out, "loss")[6] == last
+    (out / "ckpt.pt").unlink()  # it died before its first checkpoint
+    run_train("--max_iters=6")
+    assert list(records(out, "loss")) == [1, 2, 3, 4, 5, 6]
+
+
 def test_signals_that_come_twice_save_a_step(run_train, data_dir, tmp_path):
     """Schedulers signal the agent and its workers, and torchrun's agent passes its signal on to them."""
     args, cut = ["--max_iters=100000", "--eval_interval=100000", "--batch_size=4"], tmp_path / "cut"
