@@ -43,23 +43,23 @@ class BackpackConfig:
     grad_checkpoint: bool = False  # recompute activations in backward instead of storing them
 
     def __post_init__(self):
-        D, problems = self.n_embd, []
+        D, H, K = self.n_embd, self.n_head, self.n_sense
+        wrong = {}  # {problem: whether it is there}
         for f in fields(self):
             value, least = getattr(self, f.name), int(f.name != "n_sense")
             if not isinstance(value, f.type | int if f.type is float else f.type):
                 raise TypeError(f"{f.name}={value!r} must be {f.type}")
-            if type(value) is int and value < least:
-                problems.append(f"{f.name}={value} must be at least {least}")
-        if self.n_layer > 1000:
-            problems.append(f"n_layer={self.n_layer} must be at most 1000")
-        if self.n_head > 0 and D % self.n_head:
-            problems.append(f"n_embd={D} must be divisible by n_head={self.n_head}")
-        if self.n_sense > 0 and self.n_qk is None and D % self.n_sense:
-            problems.append(f"n_embd={D} must be divisible by n_sense={self.n_sense}, or give n_qk")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout={self.dropout} must be in [0, 1)")
-        if problems:
-            raise ValueError("; ".join(problems))
+            if type(value) is int:
+                wrong[f"{f.name}={value} must be at least {least}"] = value < least
+        free = K < 1 or self.n_qk is not None
+        wrong |= {
+            f"n_layer={self.n_layer} must be at most 1000": self.n_layer > 1000,
+            f"n_embd={D} must be divisible by n_head={H}": H > 0 and D % H,
+            f"n_embd={D} must be divisible by n_sense={K}, or give n_qk": not free and D % K,
+            f"dropout={self.dropout} must be in [0, 1)": not 0 <= self.dropout < 1,
+        }
+        if any(wrong.values()):
+            raise ValueError("; ".join(problem for problem in wrong if wrong[problem]))
 
 
 class Cache:
@@ -172,20 +172,19 @@ def weigh(alpha, C):
     return alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2) @ C.flatten(1, 2)
 
 
-def sum_senses(q, k, C, where, block=None, slots=None):
+def sum_senses(q, k, C, where, block=None):
     """weigh(contextualize(q, k), C[where]) without (B,K,T,T) weights in memory.
 
     q and k (B,K,T,d); C (U,K,D) senses of distinct tokens; where (B,T): which of them stands where.
-    Returns o (B,T,D). Backward computes the weights of a block of queries again. slots: first add the
-    weights of equal tokens: text repeats itself, so the products get shorter.
+    Returns o (B,T,D). Backward computes the weights of a block of queries again.
     """
-    # counting equal tokens would make the host wait for a GPU, or break a graph
     on_cpu = q.device.type == "cpu"
-    slots = on_cpu and not torch.compiler.is_compiling() if slots is None else slots
     block = block or (128 if on_cpu else 256)  # a GPU wants fewer and larger products
     B, K, T, _ = q.shape
     slot = None
-    if slots:
+    # Text repeats itself: with the weights of equal tokens added first, the products get shorter. Counting
+    # these tokens would make the host wait for a GPU, though, or break a graph.
+    if on_cpu and not torch.compiler.is_compiling():
         # number the distinct tokens of each sequence in the order in which they first appear
         first = (where[:, :, None] == where[:, None, :]).byte().argmax(-1)  # (B,T)
         new = (first == torch.arange(T)).cumsum(-1)  # (B,T)
@@ -244,8 +243,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             norm = p.sum(1, keepdim=True)  # (n,1)
             total += ((norm.log() + top - of_target) * counts).sum()
             if with_grad:
-                minus_one = torch.full_like(norm, -1.0)
-                p = p.div_(norm).scatter_add_(1, target, minus_one).to(o.dtype)  # (n,R)
+                p = p.div_(norm).scatter_add_(1, target, -torch.ones_like(norm))  # (n,R)
+                p = p.to(o.dtype)
                 torch.mul(p @ W, counts, out=dx)
                 x = x * counts
                 dE = dE.addmm_(p.T, x) if p.dtype == wide else dE.add_(p.T @ x)
@@ -348,7 +347,7 @@ class Backpack(nn.Module):
 
     def own_senses(self, ids):
         """ids (...) -> C(ids) (...,K,D), without edits."""
-        return self.remat(self.sense_network, self.wte(ids))
+        return self.sense_network(self.wte(ids))
 
     def senses(self, ids):
         """ids of any shape (...) -> their sense vectors C(ids) (...,K,D), as self.edits leaves them."""
@@ -374,8 +373,8 @@ class Backpack(nn.Module):
         C = C[where]  # (B,T,K,D)
         if cache is not None:
             k = cache.extend("sense key", k)  # (B,K,S,d)
-            C = cache.extend("sense", C.flatten(2)[:, None])[:, 0]  # (B,S,K*D)
-            C = C.unflatten(2, (self.config.n_sense, -1))  # (B,S,K,D)
+            past = cache.extend("sense", C.flatten(2)[:, None])[:, 0]  # (B,S,K*D)
+            C = past.unflatten(2, C.shape[2:])  # (B,S,K,D)
         alpha = contextualize(q, k, mask)  # (B,K,T,S)
         if topics:
             alpha = self.edits.reweigh(alpha, self.wte, idx, C, mask, cache)
@@ -408,17 +407,6 @@ class Backpack(nn.Module):
         return LinearCrossEntropy.apply(o, self.wte.weight, y, V, with_grad)
 
     @torch.no_grad()
-    def sense_table(self, max_bytes=4e9):
-        """The senses of all tokens (V,K,D), to look up in generation; None: more than max_bytes, or none."""
-        c, ids = self.config, torch.arange(self.config.vocab_size, device=self.wte.weight.device)
-        if not 0 < 4 * c.vocab_size * c.n_sense * c.n_embd <= max_bytes:
-            return None
-        table = self.senses(ids[:1]).new_empty(c.vocab_size, c.n_sense, c.n_embd)  # (V,K,D)
-        for part in ids.split(1024):
-            table[part] = self.senses(part)
-        return table
-
-    @torch.no_grad()
     def stream(self, idx, max_new_tokens, attention_mask=None, sense_table=None, **sampling):
         """Yield the next token of every sequence (B,1), max_new_tokens times; see generate."""
         training, block_size = self.training, self.config.block_size
@@ -444,8 +432,8 @@ class Backpack(nn.Module):
 
         temperature: 0 takes the likeliest token; top_k: only the k likeliest; top_p: only the likeliest that
         together have this probability; generator: a torch.Generator; attention_mask (B,T): 0 at left
-        padding; sense_table: what sense_table() returned, to look senses up. Past keys, values and senses
-        are cached; when block_size positions are, the last half is computed anew from position 0.
+        padding; sense_table (V,K,D): the senses of all tokens, to look them up. Past keys, values and
+        senses are cached; when block_size positions are, the last half is computed anew from position 0.
         """
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **sampling)], 1)
 

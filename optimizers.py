@@ -51,10 +51,10 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-lr * max(1, m / blocks / n) ** 0.5)
 
 
-def make_optimizers(model, s, device):
+def make_optimizers(model, s):
     """{name in a checkpoint: optimizer}: AdamW, and with muon_lr Muon for the matrices."""
     matrices, rest = model.param_groups(s.weight_decay)
-    options = {"betas": (s.beta1, s.beta2), "fused": device.type in ("cuda", "cpu", "mps")}
+    options = {"betas": (s.beta1, s.beta2), "fused": True}
     if not s.muon_lr:
         return {"optimizer": torch.optim.AdamW([matrices, rest], s.learning_rate, **options)}
     groups = [matrices]

@@ -128,6 +128,15 @@ def print_batch(tokens, tokenizer, text, numbers, total, end):
     return made
 
 
+@torch.no_grad()
+def sense_table(model, max_bytes=4e9):
+    """The senses of all tokens (V,K,D), to look up in generation; None: more than max_bytes, or none."""
+    c = model.config
+    if not 0 < 4 * c.vocab_size * c.n_sense * c.n_embd <= max_bytes:
+        return None
+    return model.senses(torch.arange(c.vocab_size, device=model.wte.weight.device))
+
+
 def print_samples(s, model, tokenizer, idx, device):
     """Print s.num_samples continuations of idx (1,T); returns how many tokens were generated."""
     text = tokenizer.decode(idx[0].tolist()) if s.start else ""
@@ -139,7 +148,7 @@ def print_samples(s, model, tokenizer, idx, device):
     sampling["generator"] = torch.Generator(device).manual_seed(s.seed)
     made = 0
     with autocast(device, pick_dtype(s.dtype, device)):
-        table = model.sense_table(s.sense_table_gb * 1e9) if use_table else None
+        table = sense_table(model, s.sense_table_gb * 1e9) if use_table else None
         for first in range(0, s.num_samples, s.batch_size):
             numbers = range(first + 1, min(first + s.batch_size, s.num_samples) + 1)
             start = idx.repeat(len(numbers), 1)  # (B,T)

@@ -30,6 +30,7 @@ from files import write_text
 from hardware import Dtype, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, contextualize, load_checkpoint, sum_senses
 from optimizers import make_optimizers
+from sample import sense_table
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Variant:
         self.model = (Dense if name == "dense" else Backpack)(config).to(self.device)
         compiled = self.device.type == "cuda" if s.compile is None else s.compile
         self.net = torch.compile(self.model) if compiled and name != "dense" else self.model
-        self.optimizers = make_optimizers(self.model, self.settings, self.device)
+        self.optimizers = make_optimizers(self.model, self.settings)
         self.rng = np.random.default_rng(0)
 
     def batch(self):
@@ -223,7 +224,7 @@ def generation(s, variants):
     x, T = x[torch.arange(s.generate) % len(x)], x.size(1)
     first, tables = T // 8, []
     with one.amp:
-        building = seconds(one.device, lambda: tables.append(one.model.sense_table()))
+        building = seconds(one.device, lambda: tables.append(sense_table(one.model)))
 
     def cached(model, table=None):
         stream = model.stream(x[:, :first], T - first, temperature=0, sense_table=table)

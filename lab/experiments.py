@@ -29,7 +29,7 @@ from lab.control import STRENGTHS
 from lab.edit import make_edits, read_edits
 from lab.look import word_senses
 from lab.swaps import swaps
-from sample import open_run
+from sample import open_run, sense_table
 from tokenizer import require, word_id, word_ids
 from train import get_batch
 
@@ -239,7 +239,7 @@ def topics(r, s):
     end = tokenizer.encode("\n")[0] if tokenizer.end is None else tokenizer.end
     start = torch.full((s.num_samples, 1), end, device=E.device)
     length = min(s.max_new_tokens, model.config.block_size)
-    table = model.sense_table()  # topics leave the vectors as they are
+    table = sense_table(model)  # topics leave the vectors as they are
 
     def texts(edits):
         """Ids (num_samples, 1 + length) of texts generated with edits."""

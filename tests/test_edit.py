@@ -191,7 +191,7 @@ def test_generation_with_edits_is_recomputation(table):
         torch.tensor([[0, 1, 2, 3, 5], [0, 0, 0, 6, 4]]),
         torch.tensor([[1] * 5, [0, 0, 0, 1, 1]]),
     )
-    sense_table = model.sense_table() if table else None
+    sense_table = sample.sense_table(model) if table else None
     batch = model.generate(idx, n, temperature=0, attention_mask=mask, sense_table=sense_table)
     for row, ids in zip(batch, prompts):
         start, length = 0, 5  # the window moves with the longest text of a batch

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import sample
 import train
 from model import Backpack, load_checkpoint
+from sample import sense_table
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU: torch.cuda.is_available() is false", allow_module_level=True)
@@ -96,7 +97,7 @@ def test_cached_generation_is_recomputation(n_sense):
         if want.size(1) - start > 16:
             start = want.size(1) - 8
         want = torch.cat((want, model(want[:, start:])[0][:, -1].argmax(-1, keepdim=True)), 1)
-    for table in (None, model.sense_table()):
+    for table in (None, sense_table(model)):
         got = model.generate(idx, 40, temperature=0, sense_table=table)
         assert torch.equal(got, want)
     assert torch.allclose(model(idx)[0].cpu(), model.cpu()(idx.cpu())[0], atol=1e-3)

@@ -12,6 +12,7 @@ import model as model_file
 from configurator import read_config
 from hardware import flops_per_token
 from model import Backpack, BackpackConfig, CheckpointError, sample_token
+from sample import sense_table
 
 SMALL = {
     "block_size": 16,
@@ -196,7 +197,7 @@ def test_cached_generation_is_recomputation(n_sense, prompt):
 
 def test_generation_from_a_sense_table_is_the_same():
     model, idx, mask = build(), ids(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    table = model.sense_table()
+    table = sense_table(model)
     assert (
         torch.allclose(table, model.senses(torch.arange(61)), atol=1e-6)
         and table.nbytes == 61 * 3 * 24 * 4
@@ -208,10 +209,9 @@ def test_generation_from_a_sense_table_is_the_same():
         )
     marked = model.generate(idx, 40, temperature=0, sense_table=torch.zeros_like(table))
     assert (marked[:, 5:] == 0).all()  # senses come from nowhere else
-    assert (
-        model.sense_table(table.nbytes) is not None and model.sense_table(table.nbytes - 1) is None
-    )
-    assert build(n_sense=0).sense_table() is None
+    assert torch.equal(sense_table(model, table.nbytes), table)
+    assert sense_table(model, table.nbytes - 1) is None
+    assert sense_table(build(n_sense=0)) is None
 
 
 def test_generation_leaves_the_mode_and_uses_no_dropout():
@@ -260,10 +260,15 @@ def test_dropout_is_where_the_paper_has_it():
 
 @pytest.mark.parametrize("n_sense", [0, 3])
 def test_grad_checkpoint_changes_no_gradient(n_sense):
-    idx, grads = ids(2, 9), []
+    idx, grads, calls = ids(2, 9), [], []
     for on in (False, True):
         model = build(n_sense=n_sense, grad_checkpoint=on).train()
+        parts = [*model.blocks, *([model.sense_network] if n_sense else [])]
+        calls.clear()
+        for part in parts:
+            part.register_forward_pre_hook(lambda module, _: calls.append(module))
         model(idx, idx)[1].backward()
+        assert [calls.count(part) for part in parts] == [1 + on] * len(parts)
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 

@@ -67,7 +67,7 @@ def test_each_sense_is_a_matrix_of_its_own(n_sense):
     sizes = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
     model = Backpack(BackpackConfig(**sizes, n_sense=n_sense))
     how = {"learning_rate": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99}
-    made = make_optimizers(model, SimpleNamespace(muon_lr=0.01, **how), torch.device("cpu"))
+    made = make_optimizers(model, SimpleNamespace(muon_lr=0.01, **how))
     name = {p: name for name, p in model.named_parameters()}
     blocks = {name[p]: g["blocks"] for g in made["muon"].param_groups for p in g["params"]}
     rest = {name[p] for g in made["optimizer"].param_groups for p in g["params"]}
