@@ -206,7 +206,7 @@ their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXi
 text. It takes no more tokens at once than it has positions.
 """
 RECIPE = ("init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr")
-RECIPE += ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "transformer_share")
+RECIPE += ("muon_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "transformer_share")
 RECIPE += ("init_std", "seed")
 SIZES = ("train_tokens?", "val_tokens?", "documents?")  # of the data, in a checkpoint's meta
 

@@ -271,7 +271,7 @@ def show_text(model, tokenizer, text, target, against, n):
     print(f"\n{what}: {parts.sum():+.3f}")
     print(f"exactly the sum of {parts.numel()} parts; the largest for and against it:")
     order = parts.flatten().sort(descending=True).indices.tolist()
-    for i in order[:n] + order[-n:][::-1]:
+    for i in order[:n] + order[max(n, len(order) - n) :][::-1]:
         j, l = divmod(i, parts.size(1))
         where = f"sense {l:<3} of {names[j]} (position {j}), weight {alpha[j, l]:.3f}"
         print(f"  {parts[j, l]:+8.3f}  {where}")

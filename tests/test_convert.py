@@ -845,6 +845,7 @@ def test_an_exported_folder_has_its_tokenizer_and_card(exported):
     for words in (
         "2 layers, 2 heads, width 16, 4 senses",
         "12 steps of 64 tokens",
+        "muon_lr 0.0",
         "**Data**: own,",
         "**Limits**",
         f"{records(exported[1].parent / 'run', 'val_loss')[12]:.3f} (12)",

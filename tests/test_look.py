@@ -161,6 +161,9 @@ def test_senses_stand_in_order_and_in_full(look):
 
 
 def test_the_text_view_shows_the_models_numbers(look, bpe_run):
+    shown = look("--text=The nurse", "--target=he", "--top=100")
+    parts = re.findall(r"sense \d+ +of .*\(position \d+\)", shown)
+    assert len(parts) == len(set(parts)) == int(re.search(r"sum of (\d+) parts", shown)[1])
     shown = look("--text=The nurse said that", "--target=he", "--against=she", "--top=2")
     r = open_run(bpe_run, "cpu")
     model, tokenizer = r.model, r.tokenizer

@@ -64,7 +64,7 @@ def train_all(folder, steps, data_dir):
     train.save_checkpoint = keep
     models = {}
     for name, args in RUNS.items():
-        out = folder / name
+        out = folder / str(steps) / name
         if not (out / f"step{steps}.pt").exists():
             how = [f"--out_dir={out}", f"--data_dir={data_dir}", f"--max_iters={steps}"]
             how += [*RECIPE, f"--eval_interval={steps // 10}", "--overwrite=True", *args]
