@@ -4,7 +4,7 @@
 #   torchrun --nproc_per_node=8 train.py config/backpack_large.py
 # hardware: 8 A100-80GB; time and loss: not measured
 # Estimated, not measured: batch_size=32 needs 46 GB of a GPU; a card of 24 GB is too small.
-# At 40% of the peak an H100 trains 81,000 tokens/s, an A100 25,000.
+# At 40% of the peak an H100 trains 79,000 tokens/s, an A100 25,000.
 
 out_dir = "out/backpack_large"
 dataset = "fineweb_edu"

@@ -4,7 +4,7 @@
 #   torchrun --nproc_per_node=8 train.py config/backpack_medium.py
 # hardware: 8 A100-80GB; time and loss: not measured
 # Estimated, not measured: batch_size=32 needs 25 GB of a GPU; a card of 24 GB takes 16 (17 GB).
-# At 40% of the peak an H100 trains 170,000 tokens/s, an A100 55,000.
+# At 40% of the peak an H100 trains 170,000 tokens/s, an A100 54,000.
 
 out_dir = "out/backpack_medium"
 dataset = "fineweb_edu"

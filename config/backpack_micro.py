@@ -6,7 +6,7 @@
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
 # Estimated, not measured: batch_size=64 needs 6 GB of a GPU; also fits 24 GB.
-# At 40% of the peak an H100 trains 1,900,000 tokens/s, an A100 610,000.
+# At 40% of the peak an H100 trains 1,900,000 tokens/s, an A100 590,000.
 
 out_dir = "out/backpack_micro"
 dataset = "openwebtext"

@@ -6,7 +6,7 @@
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
 # Estimated, not measured: batch_size=64 needs 11 GB of a GPU; also fits 24 GB.
-# At 40% of the peak an H100 trains 820,000 tokens/s, an A100 260,000.
+# At 40% of the peak an H100 trains 790,000 tokens/s, an A100 250,000.
 
 out_dir = "out/backpack_mini"
 dataset = "openwebtext"

@@ -6,7 +6,7 @@
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
 # Estimated, not measured: batch_size=64 needs 18 GB of a GPU; a card of 24 GB takes 32 (11 GB).
-# At 40% of the peak an H100 trains 480,000 tokens/s, an A100 150,000.
+# At 40% of the peak an H100 trains 470,000 tokens/s, an A100 150,000.
 
 out_dir = "out/backpack_small"
 dataset = "openwebtext"

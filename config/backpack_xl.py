@@ -4,7 +4,7 @@
 #   torchrun --nproc_per_node=8 train.py config/backpack_xl.py
 # hardware: 8 H100-80GB; time and loss: not measured
 # Estimated, not measured: batch_size=16 needs 56 GB of a GPU; a card of 24 GB is too small.
-# At 40% of the peak an H100 trains 41,000 tokens/s, an A100 13,000.
+# At 40% of the peak an H100 trains 40,000 tokens/s, an A100 13,000.
 
 out_dir = "out/backpack_xl"
 dataset = "fineweb_edu"

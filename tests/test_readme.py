@@ -5,9 +5,13 @@ import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT
 
+import train
 from configurator import configure
+from hardware import flops_per_token
+from model import Backpack, BackpackConfig
 
 README = (ROOT / "README.md").read_text()
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md")}
@@ -118,3 +122,29 @@ def test_the_python_example_runs(monkeypatch, capsys):
     exec(code, names)
     assert "Chicago, Texas" in capsys.readouterr().out
     assert 0 < names["loss"].item() < 10
+
+
+def test_hours_and_speeds_are_the_flops_at_two_fifths_of_the_peak():
+    """A fifth of the tokens distinct, as in 64 sequences of simplewiki in GPT-2's BPE; peaks in TFLOP/s."""
+    rows = re.findall(r"^\| (`(?:backpack|gpt2)_.*?) \|.*\| ([\d, ]+) \|.*\|$", README, re.M)
+    shown = [
+        pair
+        for names, hours in rows
+        for pair in zip(re.findall(r"`(\w+)`", names), hours.split(", "))
+    ]
+    for name, hours in shown:
+        path = ROOT / f"config/{name}.py"
+        s, _ = configure(train.Settings, [str(path)], "")
+        s.vocab_size = 50257
+        with torch.device("meta"):
+            model = Backpack(BackpackConfig(**{key: getattr(s, key) for key in train.MODEL_KEYS}))
+        speeds = [0.4e12 * peak / sum(flops_per_token(model, 0.2).values()) for peak in (312, 989)]
+        want = s.max_iters * s.tokens_per_step / speeds[0] / 3600
+        assert float(hours.replace(",", "")) == pytest.approx(want, rel=0.03), name
+        if name == "backpack_from_gpt2":
+            continue
+        said = r"At 40% of the peak an H100 trains ([\d,]+) tokens/s, an A100 ([\d,]+)\."
+        h100, a100 = re.search(said, path.read_text().replace("\n# ", " ")).groups()
+        for speed, figure in zip(speeds, (a100, h100)):
+            assert float(figure.replace(",", "")) == pytest.approx(speed, rel=0.03), name
+    assert len(shown) == 10
