@@ -1,4 +1,4 @@
-"""Files that are whole and of the expected shape, and folders that one process holds."""
+"""Files written whole or not at all, JSON of an expected shape, and a lock on folders."""
 
 import contextlib
 import json

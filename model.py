@@ -316,8 +316,8 @@ class Backpack(nn.Module):
         return loss.detach(), (1 - m) * loss + m * self.loss(h, targets)
 
     def output(self, idx, attention_mask=None, cache=None, distinct=None, sense_table=None):
-        """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's output: both (B,T,D), and
-        the same without senses. cache: of the positions before idx, which it continues."""
+        """idx (B,T) -> o, which the logits are linear in, and h, the Transformer's output, both (B,T,D);
+        without senses, o is h. cache: of the positions before idx; this call extends it."""
         h, mask = self.hidden(idx, attention_mask, cache)  # (B,T,D), (B,1,T,S) or None
         o = h
         if self.config.n_sense:

@@ -2,7 +2,7 @@
 
 python train.py config/shakespeare_char.py                      a CPU, a Mac or one GPU
 torchrun --nproc_per_node=4 train.py config/backpack_small.py   several GPUs, also on many nodes
-python train.py config/shakespeare_char.py --init_from=resume   go on where a run stopped
+python train.py --out_dir=out/run --init_from=resume            go on where a run stopped
 python train.py --out_dir=out/tuned --init_from=out/run         start from another run's weights
 """
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 # The scores of all senses of all tokens are split at quantiles, and a topic multiplies the weight of a
-# sense by the factor of its part, as far as f, which annealing multiplies, has not faded that (appendix
-# D). Strength 4 is ours, for small models, which else repeat themselves: a few senses get much more weight
-# and all others less, as the weights of a position keep their sum; nothing anneals.
+# sense by the factor of its part. Annealing fades that factor as the text takes up the topic; f sets how
+# fast (appendix D). Strength 4 is ours, as small models repeat themselves under the paper's factors: it
+# gives a few senses much more weight, keeps the sum of a position's weights, and doesn't anneal.
 PAPERS = (0.95, 0.8, 0.6)
 STRENGTHS = {  # quantiles, the factor above each, f
     1: (PAPERS, (1.5, 1.5, 1.3), 1.5 / 7.5),

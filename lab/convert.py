@@ -28,7 +28,7 @@ from lab.edit import expect_edits
 from lab.export import cast, export, from_transformers
 from lab.layouts import LAYOUTS, TRANSFORMERS, detect, infer_config, to_ours
 from model import Backpack, BackpackConfig, load_checkpoint, upgrade
-from tokenizer import require
+from tokenizer import GPT2_SIZE, require
 from train import save_checkpoint
 
 Target, Layout = Literal["run", *LAYOUTS], Literal["auto", *LAYOUTS]
@@ -186,7 +186,7 @@ def fit(s, tensors, described, layout):
     if layout == "hf":  # our own config.json has the network's settings under their names
         values = asdict(BackpackConfig()) | described
     else:
-        vocab_size = 50257 if s.tokenizer == "gpt2" else None
+        vocab_size = GPT2_SIZE if s.tokenizer == "gpt2" else None
         values = infer_config(state, described, layout, s.n_head, s.n_sense, vocab_size)
     for f in fields(BackpackConfig):
         if f.name in values:
@@ -236,7 +236,7 @@ def read_weights(s):
         where = files[0] if len(files) == 1 else path
         raise UserError(f"{where}{' and config.json' if described else ''}: {error}") from None
     spec = None
-    if s.tokenizer == "gpt2" or (s.tokenizer == "auto" and config.vocab_size == 50257):
+    if s.tokenizer == "gpt2" or (s.tokenizer == "auto" and config.vocab_size == GPT2_SIZE):
         spec = {"kind": "gpt2"}
     elif s.tokenizer == "auto" and (path / "tokenizer.json").is_file():
         spec = from_transformers(path / "tokenizer.json", config.vocab_size)

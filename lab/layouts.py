@@ -4,6 +4,7 @@ authors' Lightning files. The layout "hf" is our own, which lab.convert writes f
 import torch
 
 from configurator import UserError, short
+from tokenizer import GPT2_SIZE
 
 LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
 TRANSFORMERS = ("gpt2", "lightning-gpt2")  # the layouts without senses
@@ -241,8 +242,8 @@ def infer_config(state, described, layout, n_head=None, n_sense=0, vocab_size=No
     if not heads:
         raise UserError(f"no tensor shows the number of heads (width {D}): give --n_head")
     vocab = vocab_size or described.get("vocab_size") or rows
-    if rows in (50257, 50264):
-        vocab = 50257
+    if rows in (GPT2_SIZE, GPT2_SIZE + 7):  # padded to a multiple of 8, or not
+        vocab = GPT2_SIZE
     return sizes | {
         "block_size": len(state["wpe.weight"]),
         "vocab_size": vocab,
