@@ -2,8 +2,8 @@
 
     python sample.py                                    the newest run in out/, else pretrained/simplewiki
     python sample.py --run=out/shakespeare_char --start="ROMEO:" --num_samples=3 --temperature=0.8
-    python sample.py --run=pretrained/simplewiki --start="He was born in Chicago," --max_new_tokens=20 \\
-        --edit="swap Chicago: Illinois -> Texas"
+    python sample.py --run=pretrained/simplewiki --start="He was born in Denver," --max_new_tokens=20 \\
+        --edit="swap Denver: Colorado -> Texas"
 """
 
 import sys
@@ -36,7 +36,7 @@ class Settings:
     top_k: int | None = None  # [1, 1e9] draw from the k likeliest tokens only
     top_p: float | None = None  # (0, 1] draw from the likeliest that together have this probability
     edits: str | None = None  # a JSON file of edits of senses (lab/edit.py), to compare with none
-    edit: str = ""  # more edits, as "scale river 4 0; swap Chicago: Illinois -> Texas"
+    edit: str = ""  # more edits, as "scale river 4 0; swap Denver: Colorado -> Texas"
     sense_table_gb: float = (
         4.0  # [0, 1e4] compute the senses of all tokens in advance, if they fit in this
     )

@@ -1,10 +1,10 @@
 """Edits of senses: list, add, remove and learn them. They leave the weights of the model alone.
 
-    python -m lab.edit --edits=my.json --edit="scale river 4 0; swap Chicago: Illinois -> Texas"
+    python -m lab.edit --edits=my.json --edit="scale river 4 0; swap Denver: Colorado -> Texas"
     python -m lab.edit --edits=my.json                         lists all, numbered
     python -m lab.edit --edits=my.json --remove=2              drops the second
     python -m lab.edit --edits=my.json --teach=pretrained/simplewiki/facts.jsonl   learns vectors
-    python sample.py --edits=my.json --start="He was born in Chicago,"
+    python sample.py --edits=my.json --start="He was born in Denver,"
 
     scale WORD SENSE FACTOR           multiplies the weight of a sense (or "all") of WORD (paper, 6.2)
     swap WORD: FROM -> TO             what the senses of WORD say of FROM, they say of TO (6.3)
@@ -55,7 +55,7 @@ LARGEST = 1e6  # of the numbers that edits make, so that logits stay finite
 class Settings:
     run: str | None = None  # a run folder or checkpoint file; None: the newest run in out/
     edits: str | None = None  # a JSON file of edits: listed, and written when it changes
-    edit: str = ""  # to add: "scale river 4 0; swap Chicago: Illinois -> Texas; topic sports 2"
+    edit: str = ""  # to add: "scale river 4 0; swap Denver: Colorado -> Texas; topic sports 2"
     remove: int | None = None  # [1, 1e9] with edits: the number of an edit to remove
     teach: str | None = None  # learn vectors from a file of {"prompt", "good"}, see lab/teach.py
     n_vector: int | None = None  # [1, 1e4] with teach: how many to learn; None: two an example

@@ -43,7 +43,7 @@ class Settings:
     top: int = 6  # [1, 1000] tokens, or parts, to show
     pieces: bool = False  # also show tokens that are parts of words or no text
     edits: str | None = None  # a JSON file of edits (lab/edit.py): look at the edited model
-    edit: str = ""  # more: "scale river 4 0; swap Chicago: Illinois -> Texas; topic sports 2"
+    edit: str = ""  # more: "scale river 4 0; swap Denver: Colorado -> Texas; topic sports 2"
     plot: str | None = None  # draw the view into this .png, .svg or .pdf (needs matplotlib)
     html: str | None = None  # write a page: the words asked for, frequent ones, and the text
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N

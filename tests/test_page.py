@@ -25,7 +25,7 @@ from tokenizer import load_tokenizer, word_ids
 RUN = ROOT / "pretrained/simplewiki"
 EDITS = [
     "",
-    "swap Chicago: Illinois -> Texas; swap the: river -> sea",
+    "swap Denver: Colorado -> Texas; swap the: river -> sea",
     "scale the 3 0; scale of all 0.5; scale in 2 2.5",
     "replace the 3 by river 9; replace of 0 by the 1",
     "topic music 3",
@@ -35,7 +35,7 @@ EDITS = [
 ODD = list("abcXYZ éü ñ\n\t  '’s.,!?😀👩‍👩‍👧日本語0123½Ⅷ\u0301\u00a0\u3000\ufeff\u0085\u2028ß") + [
     "<|endoftext|>"
 ]
-WORDS = "the of in river music Chicago was born and sea city people".split()
+WORDS = "the of in river music Denver was born and sea city people".split()
 CHECK = """
 const fs = require("fs"), page = fs.readFileSync(process.argv[2], "utf8");
 const script = id => page.split(`id="${id}">`)[1].split("</script>")[0];
@@ -285,8 +285,8 @@ def test_the_guided_minute(opened, width, scheme):
 
 def test_a_state_is_a_link_a_command_and_a_file(opened, tmp_path):
     view = ready(opened())
-    view.fill("#text", 'He said "5$"; she was born in Chicago,')
-    for kind, values in (("scale", ["Chicago", "all", "0.5"]), ("swap", ["born", "in", "at"])):
+    view.fill("#text", 'He said "5$"; she was born in Denver,')
+    for kind, values in (("scale", ["Denver", "all", "0.5"]), ("swap", ["born", "in", "at"])):
         view.select_option("#kind", kind)
         for box, value in zip(view.locator("#add input").all(), values):
             box.fill(value)

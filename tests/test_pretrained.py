@@ -90,13 +90,13 @@ def test_attribution_is_exact(run):
 def test_candidates_for_swaps_do_what_they_say(run, monkeypatch, capsys):
     """What --swaps prints is what the edit, typed from its output, does."""
     model, tokenizer = run
-    texts = ["He was born in Chicago, Illinois.", "It is in the United States of America."]
+    texts = ["He was born in Denver, Colorado.", "It is in the United States of America."]
     ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.end]]
     monkeypatch.setattr(swaps, "validation_tokens", lambda *_: np.array(ids))
     experiments.main([f"--run={FOLDER}", "--swaps=True", "--device=cpu", "--num_samples=4"])
     rows = capsys.readouterr().out.split("\n")[2:]
     found = re.findall(r"\n? *(\d+) +(\d+) +(\d+) +(\d+) +\d+% +(.*)\n +(swap .*)", "\n".join(rows))
-    assert any("Chicago: Illinois ->" in edit for *_, edit in found)
+    assert any("Denver: Colorado ->" in edit for *_, edit in found)
     for *figures, text, edit in found:
         old, new = (word_id(tokenizer, word) for word in edit.split(": ")[1].split(" -> "))
         idx = torch.tensor(tokenizer.encode(text.replace("\\n", "\n")))[None]

@@ -120,7 +120,7 @@ def test_the_python_example_runs(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
     exec(code, names)
-    assert "Chicago, Texas" in capsys.readouterr().out
+    assert "Denver, Texas" in capsys.readouterr().out
     assert 0 < names["loss"].item() < 10
 
 
