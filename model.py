@@ -51,11 +51,11 @@ class BackpackConfig:
                 raise TypeError(f"{f.name}={value!r} must be {f.type}")
             if type(value) is int:
                 wrong[f"{f.name}={value} must be at least {least}"] = value < least
-        free = K < 1 or self.n_qk is not None
+        split = K > 0 and self.n_qk is None  # a query has n_embd / n_sense numbers
         wrong |= {
             f"n_layer={self.n_layer} must be at most 1000": self.n_layer > 1000,
             f"n_embd={D} must be divisible by n_head={H}": H > 0 and D % H,
-            f"n_embd={D} must be divisible by n_sense={K}, or give n_qk": not free and D % K,
+            f"n_embd={D} must be divisible by n_sense={K}, or give n_qk": split and D % K,
             f"dropout={self.dropout} must be in [0, 1)": not 0 <= self.dropout < 1,
         }
         if any(wrong.values()):
@@ -373,8 +373,8 @@ class Backpack(nn.Module):
         C = C[where]  # (B,T,K,D)
         if cache is not None:
             k = cache.extend("sense key", k)  # (B,K,S,d)
-            past = cache.extend("sense", C.flatten(2)[:, None])[:, 0]  # (B,S,K*D)
-            C = past.unflatten(2, C.shape[2:])  # (B,S,K,D)
+            C = cache.extend("sense", C.flatten(2)[:, None])[:, 0]  # (B,S,K*D)
+            C = C.unflatten(2, (self.config.n_sense, -1))  # (B,S,K,D)
         alpha = contextualize(q, k, mask)  # (B,K,T,S)
         if topics:
             alpha = self.edits.reweigh(alpha, self.wte, idx, C, mask, cache)

@@ -8,6 +8,7 @@
 Built in are shakespeare_char, shakespeare, tinyshakespeare_char, simplewiki, openwebtext and fineweb_edu.
 Your own text is plain text (each file is a document, unless --documents says otherwise) or .jsonl
 ({"text": ...} on each line), optionally as .gz, .xz or .zst; of a folder, its .txt, .md and .jsonl files.
+For a dataset of the Hub, --input=FILE takes its place; datasets loads --input=NAME and --input=FOLDER.
 To continue an interrupted run, repeat its command. Other files in data/NAME/ are left alone.
 """
 
@@ -38,7 +39,7 @@ from tokenizer import KINDS, UNKNOWN, learn, load_tokenizer, token_dtype
 @dataclass
 class Settings:
     dataset: str = "shakespeare_char"  # a built-in dataset, or a new name for your own text
-    input: str | None = None  # your text: files and folders, comma-separated
+    input: str | None = None  # your text: files and folders, comma-separated, see above
     tokenizer: str | None = None  # char, gpt2, bpe, or the folder of a dataset or run that has one
     vocab_size: int | None = None  # [257, 1000000] of a bpe; None: 8192, or the built-in's
     documents: str | None = None  # what ends one in .txt: file, blank_line, a regular expression
@@ -270,7 +271,7 @@ def make(folder, settings, origin, spec, make_source):
         f"per byte, {counts['unknown_characters']:,} unknown characters"
     )
     if n_val < FEW_TOKENS:
-        print(f"warning: a loss on {n_val:,} tokens is rough: add text, or raise val_fraction")
+        print(f"warning: a loss on {n_val:,} tokens is rough: more text would help")
 
 
 def given_tokenizer(kind):
@@ -309,17 +310,18 @@ def main(argv):
     if settings.input and make_source is corpora.plays:
         hint = "to read your own text, name it, as in --dataset=mine"
         raise UsageError(f"input={settings.input!r}: {settings.dataset} reads none; {hint}")
-    first = Path((settings.input or "").split(",")[0])
+    first = Path((settings.input or "").split(",")[0].strip())
     # the user's text takes the place of what is on the Hub
     if make_source is not corpora.tinyshakespeare and first.is_file():
         make_source = corpora.own_text
     is_own = make_source is corpora.own_text
-    unused = {"vocab_size": kind != "bpe", "documents": not is_own, "val_fraction": not is_own}
-    for key in unused:
-        if unused[key] and getattr(settings, key) is not None:
-            where = f"dataset={settings.dataset} with tokenizer={kind}"
-            what = f"{key}={getattr(settings, key)!r} has no effect on {where}: leave it out"
-            raise UsageError(what)
+    if settings.vocab_size and kind != "bpe":
+        what = f"vocab_size={settings.vocab_size} has no effect on tokenizer={kind}"
+        raise UsageError(f"{what}: give --tokenizer=bpe, or leave it out")
+    for key in ("documents", "val_fraction"):
+        if getattr(settings, key) is not None and not is_own:
+            what = f"{key}={getattr(settings, key)!r} has no effect on {settings.dataset}"
+            raise UsageError(f"{what}: leave it out")
     origin = {"dataset": settings.dataset, "input": settings.input, "tokenizer": kind}
     if kind == "bpe":
         origin["vocab_size"] = settings.vocab_size or vocab_size

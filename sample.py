@@ -131,10 +131,13 @@ def print_batch(tokens, tokenizer, text, numbers, total, end):
 @torch.no_grad()
 def sense_table(model, max_bytes=4e9):
     """The senses of all tokens (V,K,D), to look up in generation; None: more than max_bytes, or none."""
-    c = model.config
+    c, ids = model.config, torch.arange(model.config.vocab_size, device=model.wte.weight.device)
     if not 0 < 4 * c.vocab_size * c.n_sense * c.n_embd <= max_bytes:
         return None
-    return model.senses(torch.arange(c.vocab_size, device=model.wte.weight.device))
+    table = model.senses(ids[:1]).new_empty(c.vocab_size, c.n_sense, c.n_embd)  # (V,K,D)
+    for part in ids.split(1024):  # what it takes on the way stays small beside the table
+        table[part] = model.senses(part)
+    return table
 
 
 def print_samples(s, model, tokenizer, idx, device):

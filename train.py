@@ -280,11 +280,12 @@ def train(s, sources, stop):
 
     say(f"train.py\n{changed(s, sources)}")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    launch, about = os.environ.get("TORCHELASTIC_RUN_ID", ""), out / "config.json"
-    before = read_json(about, {"launch?": str}) if restarts != "0" and about.is_file() else {}
-    if before.get("launch") == launch:
-        # torchrun has started this worker group again, and what is in the folder is its own
-        s.init_from, s.overwrite = "resume" if (out / "ckpt.pt").exists() else s.init_from, True
+    launch, config_file = os.environ.get("TORCHELASTIC_RUN_ID", ""), out / "config.json"
+    if restarts != "0" and config_file.is_file() and not s.eval_only:
+        if read_json(config_file, {"launch?": str}).get("launch") == launch:
+            # torchrun has started this worker group again, and what is in the folder is its own
+            s.overwrite = True
+            s.init_from = "resume" if (out / "ckpt.pt").exists() else s.init_from
     resume, ckpt, problems = s.init_from == "resume", None, []
     init = out if resume else Path(s.init_from)
     if s.init_from != "scratch":
@@ -459,8 +460,8 @@ def train(s, sources, stop):
         else:
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
-        what = asdict(config) | settings | {"torch": torch.__version__, "launch": launch}
-        write_text(about, json.dumps(what, indent=1))
+        about = asdict(config) | settings | {"torch": torch.__version__, "launch": launch}
+        write_text(config_file, json.dumps(about, indent=1))
         metrics = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
 
     def log(**figures):

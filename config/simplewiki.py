@@ -1,7 +1,7 @@
 # A Backpack on Simple English Wikipedia, with a byte-level BPE of 16,384 tokens learned from it.
 #   python prepare_data.py --dataset=simplewiki
-#   python train.py config/simplewiki.py && python sample.py --run=out/simplewiki
-# hardware: 2 CPU cores, 125 minutes with --dtype=bfloat16; validation loss 3.79, 1.378 bits per byte
+#   python train.py config/simplewiki.py --dtype=bfloat16 && python sample.py --run=out/simplewiki
+# hardware: 2 CPU cores, 125 minutes; validation loss 3.79, 1.378 bits per byte
 # (measured 2026-11-28, every third article of 2021; pretrained/simplewiki went on from there)
 # bfloat16 takes 0.8 to 0.9 of the time on a CPU with AVX512-BF16 or AMX, on others many times as long
 

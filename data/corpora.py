@@ -170,6 +170,9 @@ def own_origin(settings, paths):
         what = f"found no text, expected files of some ({', '.join(TEXT)})"
         raise UserError(f"input={settings.input!r}: {what}")
     is_jsonl = all(suffix(path) == ".jsonl" for path in paths)  # where each line is a document
+    if is_jsonl and settings.documents not in (None, "blank_line"):
+        what = f"documents={settings.documents!r} has no effect on .jsonl"
+        raise UsageError(f"{what}, where each line is a document: leave it out")
     settings.documents = "blank_line" if is_jsonl else settings.documents or "file"
     origin = {"input_bytes": n_bytes, "val_fraction": val_share(settings)}
     # datasets of older versions, which were made of blank lines, lack it

@@ -853,13 +853,15 @@ def test_a_hub_dataset_takes_a_text_file(tmp_path):
         ("shakespeare_char", "vocab_size", 300),
         ("openwebtext", "val_fraction", 0.1),
         ("mine", "vocab_size", 300),
+        ("mine", "documents", "'^X'"),
     ],
 )
 def test_a_setting_without_effect_is_refused(tmp_path, dataset, key, value):
-    keys = {"input": write(tmp_path / "t.txt", book(40))} if dataset == "mine" else {}
-    with pytest.raises(UserError, match=f"{key}={value} has no effect on dataset={dataset}"):
+    text = json.dumps({"text": "a document"}) + "\n"
+    keys = {"input": write(tmp_path / "t.jsonl", 40 * text)} if dataset == "mine" else {}
+    with pytest.raises(UserError, match=re.escape(f"{key}={value} has no effect on ")):
         prepare(tmp_path, dataset=dataset, **{key: str(value).strip("'")}, **keys)
-    assert not (tmp_path / dataset).exists()
+    assert not (tmp_path / dataset / "meta.json").exists()
 
 
 def test_a_dataset_may_take_the_tokenizer_of_another(tmp_path, data_dir):
