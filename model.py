@@ -43,19 +43,18 @@ class BackpackConfig:
     grad_checkpoint: bool = False  # recompute activations in backward instead of storing them
 
     def __post_init__(self):
-        D, H, K = self.n_embd, self.n_head, self.n_sense
+        # K: senses that share n_embd among their queries; none do if n_qk is given
+        D, H, K = self.n_embd, self.n_head, self.n_sense if self.n_qk is None else 0
         wrong = {}  # {problem: whether it is there}
         for f in fields(self):
-            value, least = getattr(self, f.name), int(f.name != "n_sense")
+            value, low = getattr(self, f.name), int(f.name != "n_sense")
             if not isinstance(value, f.type | int if f.type is float else f.type):
                 raise TypeError(f"{f.name}={value!r} must be {f.type}")
-            if type(value) is int:
-                wrong[f"{f.name}={value} must be at least {least}"] = value < least
-        split = K > 0 and self.n_qk is None  # a query has n_embd / n_sense numbers
+            wrong[f"{f.name}={value} must be at least {low}"] = type(value) is int and value < low
         wrong |= {
             f"n_layer={self.n_layer} must be at most 1000": self.n_layer > 1000,
             f"n_embd={D} must be divisible by n_head={H}": H > 0 and D % H,
-            f"n_embd={D} must be divisible by n_sense={K}, or give n_qk": split and D % K,
+            f"n_embd={D} must be divisible by n_sense={K}, or give n_qk": K > 0 and D % K,
             f"dropout={self.dropout} must be in [0, 1)": not 0 <= self.dropout < 1,
         }
         if any(wrong.values()):
@@ -232,8 +231,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         n = min(8192, max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E)))
         # one buffer for all chunks: fresh memory of this size costs a CPU as much as the arithmetic
         buffer = o.new_empty(min(n, len(o)), len(E))
-        chunks = zip(o.split(n), do.split(n), y[:, None].split(n))
-        for x, dx, target in chunks:  # (n,D), (n,D), (n,1)
+        # x and dx (n,D), target (n,1)
+        for x, dx, target in zip(o.split(n), do.split(n), y[:, None].split(n)):
             counts, target = target >= 0, target.clamp(min=0)
             logits = torch.mm(x, W.T, out=buffer[: len(x)]).to(wide)  # (n,R)
             # padded rows take part in the product, as GPU kernels want sizes of 8, but are impossible
@@ -243,8 +242,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             norm = p.sum(1, keepdim=True)  # (n,1)
             total += ((norm.log() + top - of_target) * counts).sum()
             if with_grad:
-                p = p.div_(norm).scatter_add_(1, target, -torch.ones_like(norm))  # (n,R)
-                p = p.to(o.dtype)
+                p = p.div_(norm).scatter_add_(1, target, -torch.ones_like(norm)).to(o.dtype)
                 torch.mul(p @ W, counts, out=dx)
                 x = x * counts
                 dE = dE.addmm_(p.T, x) if p.dtype == wide else dE.add_(p.T @ x)
@@ -286,15 +284,14 @@ class Backpack(nn.Module):
     def init_weights(self):
         """Biases 0, norms 1, the rest N(0, init_std), over sqrt(2 n_layer) at the end of branches (proj)."""
         std = self.config.init_std
+        at_ends = std / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif "ln_" in name:
                 nn.init.ones_(p)
-            elif "proj" in name:
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
             else:
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=at_ends if "proj" in name else std)
 
     def forward(
         self, idx, targets=None, attention_mask=None, distinct=None, transformer_share=None
@@ -526,8 +523,6 @@ def upgrade(ckpt):
     known = {f.name for f in fields(BackpackConfig)}
     config = {key: value for key, value in ckpt["config"].items() if key in known}
     settings = {key: value for key, value in ckpt["config"].items() if key not in known}
-    weights = dict(ckpt["model"])
-    if settings.pop("sense_mean", False):
-        for name in [name for name in weights if "mlp_out.proj" in name]:
-            weights[name] = weights[name] / config["n_sense"]
+    n = config["n_sense"] if settings.pop("sense_mean", False) else 0
+    weights = {k: w / n if n and "mlp_out.proj" in k else w for k, w in ckpt["model"].items()}
     return ckpt | {"model": weights, "config": config, "settings": settings}

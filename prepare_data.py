@@ -258,10 +258,9 @@ def make(folder, settings, origin, spec, make_source):
     n_documents, n_train, n_val = (counts[k] for k in ("documents", "train_tokens", "val_tokens"))
     if not n_train or not n_val:
         discard(folder)
-        raise UserError(
-            f"{n_documents} documents gave {n_train} training and {n_val} validation tokens: change "
-            f"val_fraction={settings.val_fraction} or documents={settings.documents!r}, or give more text"
-        )
+        what = f"{n_documents} documents gave {n_train} training and {n_val} validation tokens"
+        now = f"val_fraction={settings.val_fraction} or documents={settings.documents!r}"
+        raise UserError(f"{what}: change {now}, or give more text")
     meta = {"dtype": dtype.name, "vocab_size": vocab_size, "tokenizer": state["spec"]}
     finish(folder, meta | counts | {"source": origin})
     print(
@@ -286,10 +285,8 @@ def given_tokenizer(kind):
 
         path, spec = run, load_checkpoint(run)["meta"]["tokenizer"]
     else:
-        hint = (
-            f"expected {', '.join(KINDS)}, or the folder of a dataset (meta.json) or run (ckpt.pt)"
-        )
-        raise UserError(f"unknown tokenizer {kind!r}: {hint}")
+        others = "or the folder of a dataset (meta.json) or run (ckpt.pt)"
+        raise UserError(f"unknown tokenizer {kind!r}: expected {', '.join(KINDS)}, {others}")
     return load_tokenizer(spec, path).spec
 
 

@@ -174,10 +174,9 @@ def own_origin(settings, paths):
         what = f"documents={settings.documents!r} has no effect on .jsonl"
         raise UsageError(f"{what}, where each line is a document: leave it out")
     settings.documents = "blank_line" if is_jsonl else settings.documents or "file"
-    origin = {"input_bytes": n_bytes, "val_fraction": val_share(settings)}
-    # datasets of older versions, which were made of blank lines, lack it
-    given = {"documents": settings.documents}
-    return origin if settings.documents == "blank_line" else origin | given
+    # datasets of older versions, which were made of blank lines, don't say so
+    said = {} if settings.documents == "blank_line" else {"documents": settings.documents}
+    return {"input_bytes": n_bytes, "val_fraction": val_share(settings)} | said
 
 
 def val_share(settings, few=False):

@@ -27,7 +27,6 @@ import hardware
 import train
 from configurator import UserError, configure, run
 from files import write_text
-from hardware import Dtype, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, contextualize, load_checkpoint, sum_senses
 from optimizers import make_optimizers
 from sample import sense_table
@@ -48,7 +47,7 @@ class Settings:
     generate: int = 1  # [0, 65536] sequences generated at once, to the full context; 0: none
     memory: bool = True  # also measure peak memory, in a new process for each variant
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
-    dtype: Dtype = "auto"  # auto: 16 bits on a GPU
+    dtype: hardware.Dtype = "auto"  # auto: 16 bits on a GPU
     compile: bool | None = None  # torch.compile for training steps; None: on a GPU
     json: str | None = None  # also write the figures to this file
     profile: str | None = None  # also write torch's trace of the training steps to this file
@@ -82,8 +81,8 @@ class Variant:
         own["vocab_size"] = own["vocab_size"] or meta["vocab_size"]
         if len(self.tokens) <= own["block_size"]:
             raise UserError(f"{own['dataset']} is too short for block_size={own['block_size']}")
-        self.device = pick_device(s.device)
-        self.dtype = pick_dtype(s.dtype, self.device)
+        self.device = hardware.pick_device(s.device)
+        self.dtype = hardware.pick_dtype(s.dtype, self.device)
         self.amp = hardware.autocast(self.device, self.dtype)
         if self.device.type == "cuda":  # as train.py
             torch.set_float32_matmul_precision("high")
