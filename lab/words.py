@@ -1,0 +1,54 @@
+"""Words <-> token ids, where a model is asked about a word."""
+
+from configurator import UserError, check
+
+
+def word_ids(tokenizer, word):
+    """
+    The ids of a word as it occurs within a text: with a space before it (paper, section 5.2).
+
+    No space is added for a char vocabulary, nor where one (or the dot that we print) is there, nor for a
+    "word" in double quotes, which stands for exactly what they enclose. UserError: it is empty.
+    """
+    if is_quoted(word):
+        text = word[1:-1]
+    elif tokenizer.end is None:
+        text = word
+    else:
+        text = " " + word.removeprefix("\u00b7").removeprefix(" ")
+    ids = tokenizer.encode(text).tolist()
+    check(ids and word.strip(), f"{word!r} is not a word")
+    return ids
+
+
+def is_quoted(word):
+    return len(word) > 2 and word[0] == word[-1] == '"'
+
+
+def word_id(tokenizer, word):
+    """The id of a word that is a single token. UserError: it is several, which the message shows."""
+    ids = word_ids(tokenizer, word)
+    if len(ids) > 1:
+        tokens = " ".join(token_text(tokenizer, i) for i in ids[:8])
+        hint = 'this needs a word of one token, or one of these as "token" in double quotes'
+        raise UserError(f"{word!r} is {len(ids)} tokens here, {tokens}: {hint}")
+    return ids[0]
+
+
+def word_forms(tokenizer, word):
+    """
+    The ids of a word of one token: with a space before it, and if it is a Name and one token, without.
+
+    So it stands at the start of a text. A name only: without a space, "in" is rather a part of "captain".
+    """
+    forms = [word_id(tokenizer, word)]
+    if word[0].isupper():
+        bare = tokenizer.encode(word).tolist()
+        if len(bare) == 1 and bare != forms:
+            forms += bare
+    return forms
+
+
+def token_text(tokenizer, id):
+    """A token as text to print: on one line, with dots for spaces."""
+    return repr(tokenizer.decode([id]))[1:-1].replace(" ", "\u00b7")
