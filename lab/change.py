@@ -1,76 +1,103 @@
-"""Validation text, and what edits change in it: log-probabilities, KL, perplexity."""
+"""What edits change in other text: log-probabilities, KL, perplexity; and where such text comes from."""
+
+import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from configurator import UserError
-from files import expect
-from train import get_batch, load_data, read_tokens
+from configurator import UserError, check
+from lab.files import replacing
+from sample import prompt
+from train import get_batch, load_data
+
+# -----------------------------------------------------------------------------
+# other text
 
 
 def validation_tokens(r, dataset, data_dir):
-    """Token ids of other text (N,): val.bin of a dataset, else the run folder's, else of the run's dataset.
+    """Token ids (N,) of val.bin of a dataset; None: of the one that the run was trained on.
 
-    r: from open_run. UserError: there is none, or it was made with another tokenizer than the run's.
+    r: from open_run. UserError: there is none in data_dir, or it has another vocabulary than the run.
     """
-    own = (r.path if r.path.is_dir() else r.path.parent) / "val.bin"  # the shipped model has one
-    if not dataset and own.exists():
-        meta = expect(r.ckpt["meta"], {"dtype": {"uint16", "uint32"}}, f"{r.path}, meta")
-        tokens = read_tokens(own, meta["dtype"])
-    elif dataset := dataset or r.ckpt["settings"].get("dataset"):
-        _, tokens, meta = load_data(data_dir, dataset)
-    else:
-        hint = f"made by prepare_data.py with --tokenizer={r.path}"
-        raise UserError(f"{r.path} has no dataset of its own: give --dataset=NAME, {hint}")
-    if meta["tokenizer"] != r.ckpt["meta"]["tokenizer"]:
-        raise UserError(f"{dataset} has another vocabulary than {r.path}")
-    if tokens.max() >= r.model.config.vocab_size:
-        what = f"outside a vocabulary of {r.model.config.vocab_size}"
-        raise UserError(f"{tokens.filename} has token id {tokens.max()}, {what}")
-    print(f"other text: {tokens.filename}, {len(tokens):,} tokens")
+    hint = f"make one with prepare_data.py --tokenizer={r.path}, and give --dataset=NAME"
+    dataset = dataset or r.ckpt["settings"].get("dataset")
+    check(dataset, f"{r.path} was not trained on a dataset: {hint}")
+    _, tokens, meta = load_data(Path(data_dir) / dataset)
+    same = meta["tokenizer"] == r.ckpt["meta"]["tokenizer"]
+    check(same, f"{dataset} has another vocabulary than {r.path}: {hint}")
     return tokens
 
 
-def validation_windows(r, tokens, n):
-    """At most n windows of T + 1 tokens (n,T+1) over validation tokens; apart, unless that leaves too few."""
-    T = r.model.config.block_size
-    if len(tokens) <= T:
-        raise UserError(f"found {len(tokens)} tokens of other text, expected {T + 1}")
-    apart, least = (len(tokens) - 1) // T, 13  # which lab/teach.py shares out
-    if apart < least:
-        print(f"warning: {len(tokens):,} tokens of other text are few: its windows overlap")
-    starts = np.linspace(0, len(tokens) - T - 1, min(n, max(least, apart))).astype(int)
-    x, y, _ = get_batch(tokens, starts, T, r.device, r.model.config.vocab_size)  # (n,T) each
-    return torch.cat([x, y[:, -1:]], 1)
+def other_text(r, dataset, data_dir, n):
+    """Text that is not about the edits, as n windows of block_size + 1 tokens: (n,T+1).
 
-
-def document_windows(tokens, end, T):
-    """Windows of documents, each read by itself: rows (start, first, stop) of the tokens to predict.
-
-    A document starts at the token that ends the one before, and the token that ends it isn't
-    predicted. Its last window reaches back, so that it is full, but predicts only what is left.
+    It is from val.bin of a dataset: the one that is named, or that of the run, if it lies in data_dir. If
+    it doesn't, the model writes the text itself, which is what KL between two models asks for: the
+    mean over text of the first. UserError: the dataset that is named can't be used.
     """
-    stops = np.flatnonzero(tokens == end)
-    windows = []
-    for start, stop in zip(np.append(-1, stops[:-1]), stops):  # tokens[-1] ends a document, too
-        for i in range(start, stop - 1, T):
-            windows.append((max(start, min(i, stop - 1 - T)), i + 1, min(i + T + 1, stop)))
-    return np.array(windows)
-
-
-def log_p(model, idx, edits=None):
-    """Log-probabilities of the next token under the given edits: idx (B,T) -> (B,T,V)."""
-    kept = model.edits
-    model.edits = edits
+    T = r.base.config.block_size
     try:
-        return model(idx)[0].log_softmax(-1)
-    finally:
-        model.edits = kept
+        tokens = validation_tokens(r, dataset, data_dir)
+        what = f"{len(tokens):,} validation tokens are too few for {n} windows of {T}"
+        check(len(tokens) > n * T, f"{what}: without --dataset the model writes the text itself")
+    except UserError:
+        if dataset:
+            raise
+        return own_text(r, n)
+    print(f"other text: {n} windows of {tokens.filename}")
+    starts = np.linspace(0, len(tokens) - T - 1, n).astype(int)  # (n,)
+    x, y, _ = get_batch(tokens, starts, T, r.device)  # (n,T) each
+    return torch.cat([x, y[:, -1:]], dim=1)
 
 
-def next_p(model, idx, edits=None):
-    """The probabilities (V,) of the token after idx (T,) under edits."""
-    return log_p(model, idx[None], edits)[0, -1].exp()
+def own_text(r, n, batch_size=16):
+    """n windows (n,T+1) that the run's model writes at temperature 1, without edits.
+
+    They are kept beside the checkpoint, in a file named after its content.
+    """
+    T = r.base.config.block_size
+    path = r.path / "ckpt.pt" if r.path.is_dir() else r.path
+    with open(path, "rb") as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    kept = path.with_name(f"own_text.{key}.npy")
+    if kept.exists():
+        text = np.load(kept)
+        if len(text) >= n:
+            print(f"other text: {n} windows that the model wrote ({kept})")
+            return torch.from_numpy(text[:n]).to(r.device)
+    start = torch.tensor(prompt("", r.tokenizer), device=r.device).repeat(batch_size, 1)  # (B,1)
+    table = r.base.sense_table()
+    parts = []
+    for first in tqdm(range(0, n, batch_size), "the model writes other text", leave=False):
+        # all batches are full, so that fewer windows are the first of more
+        generator = torch.Generator(r.device).manual_seed(first)
+        parts.append(r.base.generate(start, T, sense_table=table, generator=generator))
+    text = torch.cat(parts)  # (n or more,T+1)
+    print(f"other text: {n} windows that the model wrote", end="")
+    try:
+        with replacing(kept) as file:
+            np.save(file, text.cpu().numpy())
+        print(f", kept in {kept}")
+    except UserError as error:
+        print(f", not kept: {error}")
+    return text[:n]
+
+
+# -----------------------------------------------------------------------------
+# what changes
+
+
+def log_p(model, idx):
+    """Log-probabilities of the next token: idx (B,T) -> (B,T,V)."""
+    logits, _ = model(idx)
+    return logits.log_softmax(-1)
+
+
+def next_p(model, idx):
+    """The probabilities (V,) of the token after idx (T,)."""
+    return log_p(model, idx[None])[0, -1].exp()
 
 
 def divergence(before, after):
@@ -82,18 +109,23 @@ def divergence(before, after):
 def change(before, after, text, batch_size=8):
     """What differs on text (n,T+1) between two functions of idx (B,T) to log-probabilities (B,T,V).
 
-    Returns (mean KL(before || after) per token, perplexity before, after).
+    Returns (mean KL(before || after) per token in nats, perplexity before, perplexity after).
     """
-    total = torch.zeros(3, dtype=torch.float64)
+    kl = 0.0
+    loss_before = 0.0
+    loss_after = 0.0
     for part in text.split(batch_size):
-        x, y = part[:, :-1], part[:, 1:, None]  # (B,T), (B,T,1)
-        p, q = before(x), after(x)  # (B,T,V)
-        losses = -p.gather(2, y).sum(), -q.gather(2, y).sum()
-        total += torch.stack([divergence(p, q).sum(), *losses]).cpu()
-    kl, loss_before, loss_after = total / text[:, 1:].numel()
-    return kl.item(), loss_before.exp().item(), loss_after.exp().item()
+        x = part[:, :-1]  # (B,T)
+        y = part[:, 1:, None]  # (B,T,1)
+        p = before(x)  # (B,T,V)
+        q = after(x)  # (B,T,V)
+        kl += divergence(p, q).sum().item()
+        loss_before -= p.gather(2, y).sum().item()
+        loss_after -= q.gather(2, y).sum().item()
+    n = text[:, 1:].numel()
+    return kl / n, np.exp(loss_before / n), np.exp(loss_after / n)
 
 
-def damage(model, edits, text):
-    """What edits do to text (n,T+1): (mean KL(without || with) per token, perplexity without, with)."""
-    return change(lambda x: log_p(model, x), lambda x: log_p(model, x, edits), text)
+def damage(model, edited, text):
+    """What editing a model did to text (n,T+1): see change."""
+    return change(lambda idx: log_p(model, idx), lambda idx: log_p(edited, idx), text)

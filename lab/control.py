@@ -1,12 +1,15 @@
-"""Control through senses, with tensors and token ids (paper, section 6); lab/edit.py adds words.
+"""
+Control through senses, in tensors and token ids (paper, section 6); lab/edits.py adds words and files.
 
-An export for transformers copies this file, so it imports nothing but torch.
+An export for transformers copies this file, so it imports nothing but torch and model.py.
 """
 
 from functools import lru_cache
 
 import torch
 from torch import nn
+
+from model import Backpack, contextualize, weigh
 
 # The scores of all senses of all tokens are split at quantiles, and a topic multiplies the weight of a
 # sense by the factor of its part. Annealing fades that factor as the text takes up the topic; f sets how
@@ -22,12 +25,13 @@ STRENGTHS = {  # quantiles, the factor above each, f
 
 
 class Edits(nn.Module):
-    """Changes of senses that leave the model's weights alone; assign it to model.edits.
+    """Changes of senses, which leave the weights of a model as they are.
 
-    Vectors: C'(x)_l = scale C(x)_l + offset. row (V,) says which row of scale (n,K) and offset
-    (n,K,D) belongs to a token; row 0 is for tokens that stay as they are. Topics: each row of w
-    (m,V,K) and f (m,) multiplies alpha[l,i,j] by b w[x_j,l] + 1 - b. The annealing b falls as the
-    text up to i says what sense l of x_j would say (appendix D, as in the authors' code):
+    Vectors: C'(x)_l = scale C(x)_l + offset. row (V,) says which row of scale (n,K) and offset (n,K,D)
+    belongs to a token; row 0 is for all tokens that are not edited.
+
+    Topics: each of w (m,V,K) and f (m,) multiplies alpha[l,i,j] by b w[x_j,l] + 1 - b. The annealing b
+    falls as the text up to i says what sense l of x_j would say (appendix D, as in the authors' code):
 
         a = sum over t <= i of relu(E_{x_t} . C'(x_j)_l)      b = sigmoid(6 - f a) (1 + j/100)
 
@@ -42,43 +46,142 @@ class Edits(nn.Module):
         self.register_buffer("w", w)
         self.register_buffer("f", f)
 
-    @property
-    def has_topics(self):
-        return len(self.f) > 0
-
     def senses(self, ids, C):
-        """ids (...) and their senses C (...,K,D) -> edited senses C' (...,K,D)."""
+        """The senses C (...,K,D) of token ids (...) -> as edited (...,K,D)."""
         row = self.row[ids]  # (...)
-        return (self.scale[row][..., None] * C + self.offset[row]).to(C.dtype)
+        scale = self.scale[row][..., None]  # (...,K,1)
+        offset = self.offset[row]  # (...,K,D)
+        return (scale * C + offset).to(C.dtype)
 
-    def reweigh(self, alpha, wte, idx, C, mask=None, cache=None):
-        """alpha (B,K,T,S) as topics change it.
+    def reweigh(self, alpha, e, ids, C, mask=None):
+        """alpha (B,K,T,S) of the last T positions, as topics change it.
 
-        wte: the token embedding; idx (B,T): tokens of the queries; C (B,S,K,D): edited senses of
-        the keys; mask (B,1,T,S): False at padding; cache: of the positions before idx.
+        Of all S positions: embeddings e (B,S,D), token ids (B,S), edited senses C (B,S,K,D).
+        mask (B,1,T,S): False at padding.
         """
-        C = C.transpose(1, 2)  # (B,K,S,D)
-        T, S = idx.size(1), C.size(2)
-        ids = idx
-        if cache is not None:  # a cache holds tensors (B,heads,S,width)
-            ids = cache.extend("ids", idx[:, None, :, None])[:, 0, :, 0]  # (B,S)
-        real = torch.ones_like(ids) if mask is None else mask[:, 0, -1]  # (B,S), 0 at padding
-        e = (wte(ids) * real[..., None])[:, None].to(C.dtype)  # (B,1,S,D)
-        said = (e[:, :, S - T :] @ C.mT).relu().cumsum(2)  # (B,K,T,S)
-        if cache is not None:
-            # text before the first query counts too: for earlier keys its sum is cached
-            of_new = (e[:, :, : S - T] @ C[:, :, S - T :].mT).relu().sum(2)  # (B,K,T)
-            before = cache.extend("said", of_new[..., None])[..., 0]  # (B,K,S)
-            said = said + before[:, :, None]  # (B,K,T,S)
-            before.copy_(said[:, :, -1])
+        T = alpha.size(2)
+        real = torch.ones_like(ids) if mask is None else mask[:, 0, -1]  # (B,S)
+        e = (e * real[..., None]).to(C.dtype)  # padding says nothing
+        # a in the formula: what the new positions say, up to each, and all that was said before them
+        could_say = C.flatten(1, 2).mT  # (B,D,S*K)
+        said = (e[:, -T:] @ could_say).relu().cumsum(1)  # (B,T,S*K)
+        said = said + (e[:, :-T] @ could_say).relu().sum(1, keepdim=True)
+        said = said.unflatten(2, C.shape[1:3]).permute(0, 3, 1, 2)  # (B,K,T,S)
         later = 1 + (real.cumsum(1) - 1).to(C.dtype) / 100  # (B,S)
         changed = alpha
         for w, f in zip(self.w, self.f):
             b = torch.sigmoid(6 - f * said) * later[:, None, None]  # (B,K,T,S)
             b = torch.where(f == 0, 1.0, b)
             changed = changed * (b * w[ids].mT[:, :, None] + 1 - b)
-        kept = alpha.sum((1, 3), keepdim=True) / changed.sum((1, 3), keepdim=True)  # (B,1,T,1)
-        return changed * torch.where((self.f == 0).any(), kept, 1.0)
+        before = alpha.sum((1, 3), keepdim=True)  # (B,1,T,1)
+        after = changed.sum((1, 3), keepdim=True)
+        return torch.where((self.f == 0).any(), changed * before / after, changed)
+
+
+class EditedBackpack(Backpack):
+    """A Backpack with edits (None: without any). It has the modules, so the weights, of `model`."""
+
+    def __init__(self, model, edits=None):
+        nn.Module.__init__(self)  # Backpack's would make weights of its own
+        vars(self).update(vars(model))
+        self._modules = dict(model._modules)  # of its own, so that model does not get the edits
+        self.edits = edits
+
+    @property
+    def has_topics(self):
+        return self.edits is not None and len(self.edits.f) > 0
+
+    def senses(self, ids):
+        """Token ids of any shape (...) -> their edited sense vectors (...,K,D)."""
+        C = super().senses(ids)
+        return C if self.edits is None else self.edits.senses(ids, C)
+
+    # Topics need alpha whole. Backpack never has it whole, nor does it take padding, so the sum is
+    # written once more here; same_sum, below, tells whether both say the same.
+
+    def weights_and_senses(self, idx, h, cache=None, mask=None, sense_table=None):
+        """alpha (B,K,T,S), as topics leave it, and C (B,S,K,D), of idx (B,T), h (B,T,D): see output."""
+        q, k = self.query_key(h)  # (B,K,T,d) each
+        if sense_table is not None:
+            C = sense_table[idx]  # (B,T,K,D)
+        else:
+            distinct, where = idx.unique(return_inverse=True)  # (U,), (B,T)
+            C = self.senses(distinct)[where]  # (B,T,K,D)
+        ids = idx
+        if cache is not None:
+            k = cache.extend("sense key", k)  # (B,K,S,d)
+            C = cache.extend("senses", C, dim=1)  # (B,S,K,D)
+            ids = cache.extend("ids", idx, dim=1)  # (B,S)
+        alpha = contextualize(q, k, mask)  # (B,K,T,S)
+        if self.has_topics:
+            alpha = self.edits.reweigh(alpha, self.wte(ids), ids, C, mask)
+        return alpha, C
+
+    def output(self, idx, cache=None, mask=None, pos=None, sense_table=None):
+        """o (B,T,D), which the logits are linear in, of idx (B,T).
+
+        cache: of the positions before, which this extends; mask (B,1,T,S) and pos (B,T): of
+        padding_mask, if texts are padded; sense_table (V,K,D): edited senses to look up.
+        """
+        h = self.hidden(idx, cache, mask, pos)  # (B,T,D)
+        o = h
+        if self.config.n_sense:
+            o = weigh(*self.weights_and_senses(idx, h, cache, mask, sense_table))  # (B,T,D)
+        if cache is not None:
+            cache.past += idx.size(1)
+        return o
+
+    def forward(self, idx, targets=None):
+        """Logits (B,T,V) and None; with targets (B,T) None and their mean loss: see Backpack."""
+        if not self.has_topics:
+            return super().forward(idx, targets)
+        o = self.output(idx)  # (B,T,D)
+        if targets is None:
+            return self.logits(o), None
+        return None, self.loss(o, targets)
+
+    def contextualization(self, idx, mask=None, pos=None):
+        """idx (B,T) -> alpha (B,K,T,T), to look at; its rows sum to 1 unless topics change them."""
+        if mask is None and not self.has_topics:
+            return super().contextualization(idx)
+        h = self.hidden(idx, None, mask, pos)  # (B,T,D)
+        alpha, _ = self.weights_and_senses(idx, h, None, mask)
+        return alpha
+
+    def step(self, idx, cache, sense_table=None):
+        """Logits (B,V) of the token after idx (B,T), which goes on from what the cache holds."""
+        if not self.has_topics:
+            return super().step(idx, cache, sense_table)
+        o = self.output(idx, cache, sense_table=sense_table)  # (B,T,D)
+        return self.logits(o[:, -1])
+
+
+def padding_mask(attention_mask, T):
+    """mask (B,1,T,S) and pos (B,T) for EditedBackpack.output, where texts of a batch are padded.
+
+    attention_mask (B,S): 0 at padding, of all positions so far; T: how many of these are new. mask is
+    True where a query may look; pos counts a text's own tokens only.
+    """
+    real = attention_mask.bool()
+    S = real.size(1)
+    pos = (real.cumsum(1) - 1).clamp(min=0)[:, S - T :]  # (B,T)
+    causal = real.new_ones(T, S).tril(S - T)
+    itself = causal.triu(S - T)  # padding looks at itself, as a softmax over nothing is nan
+    mask = (causal & real[:, None]) | itself  # (B,T,S)
+    return mask[:, None], pos
+
+
+@torch.no_grad()
+def same_sum(model):
+    """Whether EditedBackpack.output says what model says, on one text.
+
+    It does not in a fork that changes the sum of senses in model.py and not here.
+    """
+    ids = torch.arange(model.config.vocab_size, device=model.wte.weight.device)
+    idx = ids.flip(0)[None, : min(32, model.config.block_size)]  # (1,T)
+    own, _ = model(idx)
+    found = model.logits(EditedBackpack(model).output(idx))  # (1,T,V)
+    return bool((own - found).abs().max() <= 1e-3 * own.abs().max())
 
 
 def swapped(C, E_from, E_to):
@@ -101,7 +204,7 @@ def sense_peaks(model, progress=iter):
     """
     ids = torch.arange(model.config.vocab_size, device=model.wte.weight.device)  # (V,)
     parts = progress(ids.split(64))
-    return torch.cat([model.logits(model.own_senses(part)).amax(-1) for part in parts])
+    return torch.cat([model.logits(model.senses(part)).amax(-1) for part in parts])
 
 
 @torch.no_grad()
@@ -114,7 +217,7 @@ def topic_weights(model, bag, strength, peaks, end=None):
     E = model.wte.weight
     ids = torch.arange(model.config.vocab_size, device=E.device)  # (V,)
     b = E[bag].sum(0)  # (D,)
-    scores = torch.cat([model.own_senses(part) @ b for part in ids.split(1024)]) / peaks  # (V,K)
+    scores = torch.cat([model.senses(part) @ b for part in ids.split(1024)]) / peaks  # (V,K)
     if end is not None:
         scores[end] = 0.0
     w = torch.ones_like(scores)  # (V,K)

@@ -1,50 +1,64 @@
 """Pictures of lab.look: bars of what senses say, a heat map of the parts of a logit (needs matplotlib)."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
-from files import expect_place, replacing
+from lab.files import expect_place, replacing
 from tokenizer import require
+
+STYLE = {  # of matplotlib
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a word is a $
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def expect_picture(path):
-    """Ask before the work that a picture shows. UserError: one can't be drawn there, or at all."""
-    if Path(path).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"plot={path!r}: expected a .png, .svg or .pdf")
-    expect_place(path)
+    """Ask before the work that a picture shows. UserError: it can't be drawn there, or at all."""
+    expect_place(path, [".png", ".svg", ".pdf"])
     pyplot()
 
 
 def draw_bars(file, title, panels):
     """Draw a panel of bars for each (name, [(token, score)])."""
-    across = min(3 if len(panels) % 3 == 0 else 4, len(panels))
-    down, n = -(-len(panels) // across), max(len(bars) for _, bars in panels)
-    size = 3 * across, 0.5 + down * (0.4 + 0.2 * n)
-    figure, axes = pyplot().subplots(down, across, figsize=size, squeeze=False, sharex=True)
+    across = 3 if len(panels) % 3 == 0 else 4
+    across = min(across, len(panels))
+    down = math.ceil(len(panels) / across)
+    most = max(len(bars) for _, bars in panels)
+    size = (3 * across, 0.5 + down * (0.4 + 0.2 * most))
+    figure, axes = pyplot().subplots(down, across, squeeze=False, sharex=True, figsize=size)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, bars) in zip(axes.flat, panels):
-        tokens, scores = zip(*bars[::-1])
+        bars = bars[::-1]  # the first one at the top
+        tokens = [token[:18] for token, _ in bars]
+        scores = [score for _, score in bars]
         colors = ["#1f6fb4" if score > 0 else "#c44e52" for score in scores]
         axis.barh(range(len(bars)), scores, color=colors, height=0.7)
-        axis.set_yticks(range(len(bars)), [token[:18] for token in tokens])
+        axis.set_yticks(range(len(bars)), tokens)
         axis.set_title(name, loc="left", fontsize=9, fontweight="bold")
     save(figure, file, title)
 
 
-def draw_parts(file, title, parts, names, kind="logit"):
-    """Draw parts (T,K) of a logit, or a difference, as a heat map of numbers: senses over the tokens read."""
+def draw_parts(file, title, parts, tokens, kind):
+    """Draw the parts (T,K) of a logit, or whatever kind it is, as a heat map: senses over the tokens read."""
     values = parts.T.cpu().numpy()  # (K,T)
-    size = max(6, 0.5 * len(names) + 2), 1.8 + 0.26 * len(values)
+    K, T = values.shape
+    size = (max(6, 0.5 * T + 2), 1.8 + 0.26 * K)
     figure, axes = pyplot().subplots(figsize=size)
     most = max(abs(values).max(), 1e-9)
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-    axes.set(xticks=range(len(names)), yticks=range(len(values)), ylabel="sense")
-    axes.set_xticklabels(names, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_xticks([i + 0.5 for i in range(len(names) - 1)], minor=True)
-    axes.set_yticks([i + 0.5 for i in range(len(values) - 1)], minor=True)
+    axes.set_xticks(range(T), tokens, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(K))
+    axes.set_ylabel("sense")
+    # white lines between the cells
+    axes.set_xticks(np.arange(T - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(K - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="both", length=0)
     for (l, j), value in np.ndenumerate(values):
@@ -56,14 +70,12 @@ def draw_parts(file, title, parts, names, kind="logit"):
 
 
 def pyplot():
-    require("matplotlib", "--plot").use("Agg")
+    """matplotlib.pyplot in our style, to draw into files. UserError: it is not installed."""
+    matplotlib = require("matplotlib", "--plot")
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(STYLE)
     from matplotlib import pyplot
 
-    pyplot.rc("figure.constrained_layout", use=True)
-    pyplot.rc("svg", fonttype="none")  # text stays text
-    pyplot.rc("text", parse_math=False)  # a $ in a word is a $
-    pyplot.rc("font", size=9)
-    pyplot.rc("axes.spines", top=False, right=False)
     return pyplot
 
 

@@ -1,15 +1,17 @@
-"""Names of tensors in published checkpoints: Hugging Face's and Levanter's Backpacks, GPT-2, and the
-authors' Lightning files. The layout "hf" is our own, which lab.convert writes for transformers."""
+"""
+Names of tensors in published checkpoints: the Backpacks of Hugging Face and Levanter, GPT-2, and the files
+of the paper's authors (by PyTorch Lightning). The layout "hf" is our own, which lab.convert writes for
+transformers: our names after "backpack.".
+"""
 
 import torch
 
-from configurator import UserError, short
-from tokenizer import GPT2_SIZE
+from configurator import UserError, check
 
 LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
-TRANSFORMERS = ("gpt2", "lightning-gpt2")  # the layouts without senses
+WITHOUT_SENSES = ("gpt2", "lightning-gpt2")
 
-# our modules with a matrix, and their names in Hugging Face's layouts and in Lightning's
+# our modules that have a matrix: their names in Hugging Face's layouts, and in Lightning's
 BLOCK = {
     "attn.qkv": ("attn.c_attn", "mixer.Wqkv"),
     "attn.proj": ("attn.c_proj", "mixer.out_proj"),
@@ -25,39 +27,47 @@ SENSE_NETWORK = {
     "mlp_out.fc": ("final_mlp.c_fc", "final_mlp.fc1"),
     "mlp_out.proj": ("final_mlp.c_proj", "final_mlp.fc2"),
 }
+# the output of Levanter's model is divided by the number of senses; dividing these does the same
 MAKES_SENSES = ("sense_network.mlp_out.proj.weight", "sense_network.mlp_out.proj.bias")
+
+
+# -----------------------------------------------------------------------------
+# names
 
 
 def module_names(layout, n_layer):
     """Yield (our module, the layout's, whether its matrix is transposed) for all that have weights."""
-    senses = layout not in TRANSFORMERS
+    with_senses = layout not in WITHOUT_SENSES
     if layout.startswith("lightning"):
-        yield from _lightning_names(n_layer, senses)
+        yield from lightning_names(n_layer, with_senses)
     else:
-        yield from _hugging_face_names(n_layer, senses)
+        yield from hugging_face_names(n_layer, with_senses)
 
 
-def _hugging_face_names(n_layer, senses):
-    base = "backpack.gpt2_model." if senses else ""
+def hugging_face_names(n_layer, with_senses):
+    """See module_names. Conv1D keeps its matrix as (in,out), Linear as (out,in)."""
+    base = "backpack.gpt2_model." if with_senses else ""
     for name in ("wte", "wpe", "ln_f"):
         yield name, f"{base}{name}", False
     for i in range(n_layer):
         for name in ("ln_1", "ln_2"):
             yield f"blocks.{i}.{name}", f"{base}h.{i}.{name}", False
         for ours, (theirs, _) in BLOCK.items():
-            yield f"blocks.{i}.{ours}", f"{base}h.{i}.{theirs}", True  # Conv1D: [in, out]
-    if senses:
+            yield f"blocks.{i}.{ours}", f"{base}h.{i}.{theirs}", True
+    if with_senses:
         for ours, (theirs, _) in SENSE_NETWORK.items():
-            yield f"sense_network.{ours}", f"backpack.sense_network.{theirs}", "mlp" in ours
-        yield "sense_qk", "backpack.sense_weight_net.c_attn", False  # a Linear: [out, in]
+            is_conv1d = "mlp" in ours
+            yield f"sense_network.{ours}", f"backpack.sense_network.{theirs}", is_conv1d
+        yield "sense_qk", "backpack.sense_weight_net.c_attn", False
 
 
-def _lightning_names(n_layer, senses):
+def lightning_names(n_layer, with_senses):
+    """See module_names."""
     base = "model.transformer."
-    gpt2 = f"{base}gpt2_model." if senses else base
+    gpt2 = f"{base}gpt2_model." if with_senses else base
     yield "wte", f"{gpt2}embeddings.word_embeddings", False
     yield "wpe", f"{gpt2}embeddings.position_embeddings", False
-    # fused norms: each is stored with the sub-layer before it
+    # norms are fused with the sub-layer before them, and stored there
     first_norms = [f"blocks.{i}.ln_1" for i in range(n_layer)] + ["ln_f"]
     yield first_norms[0], f"{gpt2}ln_0", False
     for i in range(n_layer):
@@ -65,7 +75,7 @@ def _lightning_names(n_layer, senses):
         yield first_norms[i + 1], f"{gpt2}layers.{i}.norm2", False
         for ours, (_, theirs) in BLOCK.items():
             yield f"blocks.{i}.{ours}", f"{gpt2}layers.{i}.{theirs}", False
-    if senses:
+    if with_senses:
         for ours, (_, theirs) in SENSE_NETWORK.items():
             yield f"sense_network.{ours}", f"{base}content_model.{theirs}", False
         yield "sense_qk", f"{base}contextualization_attn.Wqkv", False
@@ -81,25 +91,32 @@ def tensor_names(layout, n_layer):
 
 def aliases(layout):
     """{a second name of a tensor: its first}; a file may have either or both."""
-    senses = layout not in TRANSFORMERS
-    if layout.startswith("lightning"):
-        first = "model.transformer." + ("gpt2_model." if senses else "") + "embeddings."
-        found = {"model.lm_head.weight": f"{first}word_embeddings.weight"}
-        for place in ("", "content_model.") if senses else ():
-            for name in ("word_embeddings.weight", "position_embeddings.weight"):
-                found[f"model.transformer.{place}embeddings.{name}"] = first + name
-        return found
-    base, found = "backpack.gpt2_model." if senses else "", {}
+    with_senses = layout not in WITHOUT_SENSES
+    first = {ours: f"{theirs}.weight" for ours, theirs, _ in module_names(layout, 0)}
+    wte = first["wte"]
+    wpe = first["wpe"]
+    if layout == "lightning":
+        base = "model.transformer."
+        return {
+            "model.lm_head.weight": wte,
+            f"{base}embeddings.word_embeddings.weight": wte,
+            f"{base}embeddings.position_embeddings.weight": wpe,
+            f"{base}content_model.embeddings.word_embeddings.weight": wte,
+            f"{base}content_model.embeddings.position_embeddings.weight": wpe,
+        }
+    if layout == "lightning-gpt2":
+        return {"model.lm_head.weight": wte}
+    found = {}
     if layout != "levanter":
-        found["lm_head.weight"] = f"{base}wte.weight"
-    if senses:
-        found["backpack.word_embeddings.weight"] = f"{base}wte.weight"
-        found["backpack.position_embeddings.weight"] = f"{base}wpe.weight"
+        found["lm_head.weight"] = wte
+    if with_senses:
+        found["backpack.word_embeddings.weight"] = wte
+        found["backpack.position_embeddings.weight"] = wpe
     return found
 
 
 def detect(tensors):
-    """The layout of a dict of tensors, detected from their names. UserError: unknown or ambiguous."""
+    """The layout of a dict of tensors, by their names. UserError: unknown or ambiguous."""
     if any(".contextualization_attn." in name for name in tensors):
         return "lightning"
     if "model.transformer.layers.0.mixer.Wqkv.weight" in tensors:
@@ -107,8 +124,9 @@ def detect(tensors):
     if "backpack.sense_weight_net.c_attn.weight" in tensors:
         if "lm_head.weight" in tensors:
             return "backpack-gpt2"
+        # a safetensors file that was saved from Hugging Face's keeps only one of these two names
         if {"backpack.word_embeddings.weight", "backpack.gpt2_model.wte.weight"} <= tensors.keys():
-            return "levanter"  # a re-save of Hugging Face's keeps only one of these names
+            return "levanter"
         raise UserError(
             "these tensors may be Hugging Face's or Levanter's, which divides the sum of senses by "
             "their number: give --layout=backpack-gpt2 or --layout=levanter"
@@ -117,141 +135,161 @@ def detect(tensors):
         return "gpt2"
     if "backpack.blocks.0.attn.qkv.weight" in tensors:
         return "hf"
+    layouts = ", ".join(LAYOUTS)
     some = ", ".join(list(tensors)[:6])
-    raise UserError(
-        f"unknown layout: expected one of {', '.join(LAYOUTS)}; the first of {len(tensors)} "
-        f"tensors are {some}"
-    )
+    raise UserError(f"unknown layout: expected one of {layouts}; the first tensors are {some}")
+
+
+# -----------------------------------------------------------------------------
+# tensors
 
 
 def to_ours(tensors, layout):
-    """A layout's tensors -> (state_dict of Backpack, a report of what was renamed and dropped).
+    """A layout's tensors -> (state_dict of Backpack, names of the tensors that were dropped).
 
-    UserError: a tensor is missing, is left over, or differs from the one it should repeat.
+    UserError: a tensor is missing, is left over, is a vector instead of a matrix, or differs from the
+    one it should repeat.
     """
-    tensors, state = dict(tensors), {}
-    report = {"renamed": 0, "transposed": [], "dropped": []}
     if layout == "hf":
-        if "backpack.wte.weight" not in tensors:
-            raise UserError("layout hf: backpack.wte.weight is missing")
-        for name, tensor in tensors.items():
-            if ".edits." in name:  # made again from the list of edits
-                report["dropped"].append(name)
-            else:
-                state[name.removeprefix("backpack.")] = tensor
-        return expect_dimensions(state, layout), report | {"renamed": len(state)}
+        return from_hf(tensors)
+    tensors = dict(tensors)
     if layout == "gpt2":  # some files have this prefix
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    n_layer = sum(name.endswith((".attn.c_attn.weight", ".mixer.Wqkv.weight")) for name in tensors)
+    dropped = []
     for alias, first in aliases(layout).items():
         if alias in tensors:
             tensor = tensors.pop(alias)
-            original = tensors.setdefault(first, tensor)
-            if tensor.shape != original.shape or not torch.equal(tensor, original):
-                raise UserError(f"{alias} should repeat {first}, but differs from it")
-            report["dropped"].append(alias)
-    for name in [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]:
-        del tensors[name]  # a causal mask
-        report["dropped"].append(name)
+            repeated = tensors.setdefault(first, tensor)
+            same = tensor.shape == repeated.shape and torch.equal(tensor, repeated)
+            check(same, f"{alias} should repeat {first}, but differs from it")
+            dropped.append(alias)
+    masks = [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]
+    for name in masks:
+        del tensors[name]
+    dropped += masks
+
+    state = {}
     missing = []
+    n_layer = sum(name.endswith((".attn.c_attn.weight", ".mixer.Wqkv.weight")) for name in tensors)
     for ours, theirs, transposed in tensor_names(layout, n_layer):
         if theirs not in tensors:
             missing.append(theirs)
             continue
-        tensor = tensors.pop(theirs)
+        tensor = expect_dimensions(ours, tensors.pop(theirs))
         state[ours] = tensor.T.contiguous() if transposed else tensor
-        if transposed:
-            report["transposed"].append(theirs)
-    problems = []
-    for names, what in (
-        (missing, "tensors missing"),
-        (list(tensors), "found no place for tensors"),
-    ):
-        if names:
-            problems.append(f"{what} ({len(names)}): {', '.join(names[:4])}")
-    if problems:
-        raise UserError(f"layout {layout}: {'; '.join(problems)}")
-    expect_dimensions(state, layout)
-    if layout == "levanter":  # its output is divided by K; dividing the senses is the same
-        K = state["sense_network.mlp_out.proj.bias"].numel() // state["ln_f.bias"].numel()
-        state |= {name: state[name] / K for name in MAKES_SENSES}
-    return state, report | {"renamed": len(state)}
+    check(not missing, f"layout {layout}: missing tensors ({len(missing)}): {first_few(missing)}")
+    left = list(tensors)
+    check(not left, f"layout {layout}: no place for tensors ({len(left)}): {first_few(left)}")
+    if layout == "levanter":
+        K = state["sense_network.mlp_out.proj.weight"].size(0) // state["wte.weight"].size(1)
+        for name in MAKES_SENSES:
+            state[name] = state[name] / K
+    return state, dropped
 
 
-def expect_dimensions(state, layout):
-    """state, if all that are matrices in ours are matrices, the others vectors. UserError: they aren't."""
-    for name, tensor in state.items():
-        vector = name.endswith(".bias") or "ln_" in name
-        if tensor.dim() != (1 if vector else 2) or not tensor.numel():
-            what = f"found {name} of shape {list(tensor.shape)}, expected a "
-            raise UserError(f"layout {layout}: {what}{'vector' if vector else 'matrix'}")
-    return state
+def from_hf(tensors):
+    """to_ours for our own layout, whose names are those of the modules, also of a fork's new ones."""
+    check("backpack.wte.weight" in tensors, "layout hf: backpack.wte.weight is missing")
+    expect_dimensions("wte.weight", tensors["backpack.wte.weight"])
+    state = {}
+    dropped = []
+    for name, tensor in tensors.items():
+        if name.startswith("backpack.edits."):  # made again from the list of edits
+            dropped.append(name)
+        else:
+            state[name.removeprefix("backpack.")] = tensor
+    return state, dropped
+
+
+def first_few(names):
+    return ", ".join(names[:4])
+
+
+def expect_dimensions(name, tensor):
+    """tensor, if it has as many dimensions as ours of this name. UserError: it has not."""
+    is_vector = name.endswith(".bias") or "ln_" in name
+    kind = "vector" if is_vector else "matrix"
+    fits = tensor.numel() and tensor.dim() == (1 if is_vector else 2)
+    check(fits, f"{name}: found shape {list(tensor.shape)}, expected a {kind}")
+    return tensor
 
 
 def to_layout(state, config, layout, rows):
     """The inverse: a state_dict of Backpack and its BackpackConfig as a layout's tensors.
 
-    rows: how many of the embeddings to write. UserError: the layout cannot express the config.
+    rows: how many rows of the embedding to write. UserError: the layout has no place for the network.
     """
     K = config.n_sense
-    expressible = {
-        "n_sense": bool(K) == (layout not in TRANSFORMERS),
-        "bias": config.bias,
-        "n_qk": not K or config.n_qk in (None, config.n_embd // K),
-        "sense_mlp_ratio": not K or layout == "lightning" or config.sense_mlp_ratio == 4,
-    }
-    wrong = [f"{key}={getattr(config, key)}" for key, ok in expressible.items() if not ok]
-    if wrong:
-        raise UserError(f"the layout {layout} has no place for {', '.join(wrong)}: --to=hf has")
+    hint = "--to=hf has"
+    names = list(tensor_names(layout, config.n_layer))
+    ours = {name for name, _, _ in names}
+    differing = sorted(ours ^ state.keys())
+    sizes = f"n_sense={K}, bias={config.bias}"
+    what = f"a network with {sizes}, which differs in {first_few(differing)}"
+    check(not differing, f"the layout {layout} has no place for {what}: {hint}")
+    same = not K or config.n_qk in (None, config.n_embd // K)
+    check(same, f"the layout {layout} has no place for n_qk={config.n_qk}: {hint}")
+    ratio = config.sense_mlp_ratio
+    same = not K or layout == "lightning" or ratio == 4
+    check(same, f"the layout {layout} has no place for sense_mlp_ratio={ratio}: {hint}")
     if layout == "levanter":
         state = state | {name: state[name] * K for name in MAKES_SENSES}
     tensors = {}
-    for ours, theirs, transposed in tensor_names(layout, config.n_layer):
-        tensor = state[ours][:rows] if ours == "wte.weight" else state[ours]
+    for ours, theirs, transposed in names:
+        tensor = state[ours]
+        if ours == "wte.weight":
+            tensor = tensor[:rows]
         tensors[theirs] = tensor.T.contiguous() if transposed else tensor
-    if layout != "gpt2":  # GPT-2's files have one E, and that is what transformers expects
-        tensors |= {alias: tensors[first] for alias, first in aliases(layout).items()}
+    if layout != "gpt2":  # GPT-2's files have one E, which is what transformers expects
+        for alias, first in aliases(layout).items():
+            tensors[alias] = tensors[first]
     return tensors
 
 
-# ---- config.json
+# -----------------------------------------------------------------------------
+# config.json
+
+GPT2_ROWS = (50257, 50264)  # GPT-2's tokens, and padded to a multiple of 8
 
 # n_head of the published sizes (n_layer, n_embd), as no tensor shows it
 HEADS = {(6, 384): 6, (8, 640): 8, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
 
+# settings of others that model.py has no choice of
+FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 
-def infer_config(state, described, layout, n_head=None, n_sense=0, vocab_size=None):
-    """The fields of BackpackConfig for a state_dict in our names and its source's config.json, described.
 
-    n_head, vocab_size: None: from the source, or of the published sizes. n_sense: of new senses.
-    UserError: the number of heads is unknown, or model.py has no such network.
+def infer_config(state, described, layout, n_head=None, n_sense=0):
+    """Fields of BackpackConfig, from a state_dict in our names and what its config.json says, described.
+
+    n_head: None: the source's, or that of the published sizes. n_sense: of new senses. UserError: the
+    number of heads is unknown, or model.py has no such network.
     """
-    for key, value in {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}.items():
+    for key, value in FIXED.items():
         found = described.get(key, value)
-        if found != value:
-            raise UserError(f"{key}: found {short(found)}, expected {value!r}, as model.py has")
+        check(found == value, f"{key}: found {found!r}, expected {value!r}, as model.py has")
     rows, D = state["wte.weight"].shape
     n_layer = sum(name.endswith("attn.qkv.weight") for name in state)
-    sizes = {"n_sense": n_sense}
-    if "sense_qk.weight" in state:
-        sizes["n_sense"] = len(state["sense_network.mlp_out.proj.bias"]) // D
-        sizes["sense_mlp_ratio"] = len(state["sense_network.mlp.fc.bias"]) // D
-        out_ratio = len(state["sense_network.mlp_out.fc.bias"]) // D
-        sizes["sense_out_ratio"] = None if out_ratio == sizes["sense_mlp_ratio"] else out_ratio
-    heads = n_head or described.get("n_head") or HEADS.get((n_layer, D))
-    if not heads:
-        raise UserError(f"no tensor shows the number of heads (width {D}): give --n_head")
-    vocab = vocab_size or described.get("vocab_size") or rows
-    if rows in (GPT2_SIZE, GPT2_SIZE + 7):  # padded to a multiple of 8, or not
-        vocab = GPT2_SIZE
-    return sizes | {
+    n_head = n_head or described.get("n_head") or HEADS.get((n_layer, D))
+    check(n_head, f"no tensor shows the number of heads (width {D}): give --n_head")
+    scaled = described.get("scale_attn_by_inverse_layer_idx", layout != "gpt2")
+    config = {
         "block_size": len(state["wpe.weight"]),
-        "vocab_size": vocab,
+        "vocab_size": described.get("vocab_size") or rows,
         "n_layer": n_layer,
-        "n_head": heads,
+        "n_head": n_head,
         "n_embd": D,
-        "inverse_layer_scale": described.get("scale_attn_by_inverse_layer_idx", layout != "gpt2"),
+        "n_sense": n_sense,
+        "inverse_layer_scale": scaled,
     }
+    if rows in GPT2_ROWS:
+        config["vocab_size"] = GPT2_ROWS[0]
+    if "sense_qk.weight" in state:
+        config["n_sense"] = len(state["sense_network.mlp_out.proj.bias"]) // D
+        ratio = len(state["sense_network.mlp.fc.bias"]) // D
+        out_ratio = len(state["sense_network.mlp_out.fc.bias"]) // D
+        config["sense_mlp_ratio"] = ratio
+        config["sense_out_ratio"] = None if out_ratio == ratio else out_ratio
+    return config
 
 
 def published_config(config, layout, rows):
@@ -267,6 +305,5 @@ def published_config(config, layout, rows):
         "num_senses": config.n_sense,
         "sense_intermediate_scale": config.sense_out_ratio or config.sense_mlp_ratio,
         "scale_attn_by_inverse_layer_idx": config.inverse_layer_scale,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
+        **FIXED,
     }

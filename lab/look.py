@@ -1,32 +1,44 @@
-"""Look into a Backpack: what senses say, which words have similar senses, why it predicts a token.
+"""
+Look into a Backpack: what senses say, which words have similar senses, why it predicts a token.
 
-    python -m lab.look --word=nurse,river                  what each sense says, high and low
-    python -m lab.look --word=nurse,river,king --sense=3   one sense of several words, or some: 3,5
-    python -m lab.look --roles                             what each sense does, over all words
-    python -m lab.look --similar=river                     nearest words, by sense and overall
-    python -m lab.look --who=Canada                        which senses of which words say a word most
-    python -m lab.look --text="The nurse said that" --target=he --against=she
-    python -m lab.look --word=nurse --plot=nurse.svg       draws any of these views
-    python -m lab.look --text="The nurse said" --html=page.html   all this and edits, in a browser
+$ python -m lab.look --word=nurse,river                  what each sense says, high and low
+$ python -m lab.look --word=nurse,river,king --sense=3   one sense of several words, or some: 3,5
+$ python -m lab.look --roles                             what each sense does, over all words
+$ python -m lab.look --similar=river                     nearest words, by sense and overall
+$ python -m lab.look --who=Canada                        which senses of which words say a word most
+$ python -m lab.look --text="The nurse said that" --target=he --against=she
+$ python -m lab.look --word=nurse --plot=nurse.svg       draws any of these views
+$ python -m lab.look --text="The nurse said" --html=page.html   all this and edits, in a browser
 
 This is the newest run in out/ unless --run=FOLDER says otherwise. A word is looked up with a space
 before it; one of several tokens has the mean of their senses (paper, section 5.2); "word" in double
 quotes is taken as it is. In print, a dot stands for a space. The number beside a sense says how alike its
-ten highest tokens are (see coherence): the most readable senses come first.
+ten highest tokens are (see coherence in lab/senses.py): the most readable senses come first.
 """
 
 import re
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from configurator import UserError, configure, run, short
-from files import expect_place
+from configurator import check, configure, run
 from lab.draw import draw_bars, draw_parts, expect_picture
-from lab.edit import summary
-from sample import open_run
-from tokenizer import token_text, word_forms, word_id, word_ids
+from lab.edits import summary
+from lab.files import expect_place
+from lab.page import write_page
+from lab.run import open_run
+from lab.senses import (
+    all_senses,
+    attribution,
+    coherence,
+    readable_tokens,
+    says,
+    similarity,
+    text_ids,
+    top_tokens,
+    word_senses,
+)
+from lab.words import token_text, word_forms, word_id, word_ids
 
 
 @dataclass
@@ -40,16 +52,13 @@ class Settings:
     text: str = ""  # why does the model continue it as it does?
     target: str | None = None  # with text: a token that may come next; None: the likeliest
     against: str | None = None  # with text: another token, to see why the first is likelier
-    top: int = 6  # [1, 1000] tokens, or parts, to show
+    top: int = 6  # tokens, or parts, to show
     pieces: bool = False  # also show tokens that are parts of words or no text
-    edits: str | None = None  # a JSON file of edits (lab/edit.py): look at the edited model
+    edits: str | None = None  # a JSON file of edits (lab.edit): look at the edited model
     edit: str = ""  # more: "scale river 4 0; swap Denver: Colorado -> Texas; topic sports 2"
     plot: str | None = None  # draw the view into this .png, .svg or .pdf (needs matplotlib)
     html: str | None = None  # write a page: the words asked for, frequent ones, and the text
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
-
-
-# ---- senses and their figures
 
 
 def split_words(text):
@@ -57,79 +66,19 @@ def split_words(text):
     return [word.strip() for word in re.findall(r'"[^"]+"|[^\s,][^,]*', text)]
 
 
-def word_senses(model, tokenizer, word):
-    """The senses of a word (K,D): the mean over its tokens (section 5.2)."""
-    ids = torch.tensor(word_ids(tokenizer, word), device=model.wte.weight.device)
-    return model.senses(ids).mean(0)
+def sense_numbers(text, K):
+    """The senses that --sense names, such as [3, 5]; [] if it names none. UserError: one is not there."""
+    numbers = []
+    for part in split_words(text):
+        is_sense = part.isdecimal() and int(part) < K
+        check(is_sense, f"sense={text!r}: found {part!r}, expected 0 to {K - 1} of {K} senses")
+        numbers.append(int(part))
+    return numbers
 
 
-def says(model, C, n, shown=None):
-    """What senses C (...,D) say (section 5.1): topk, (...,n), of their highest and lowest logits.
-
-    shown (V,): True for the tokens to choose from; None: all.
-    """
-    logits = model.logits(C)  # (...,V)
-    shown = torch.ones(logits.size(-1), dtype=torch.bool) if shown is None else shown
-    hide, n = ~shown.to(logits.device), min(n, int(shown.sum()))
-    high, low = (logits.masked_fill(hide, sign * torch.inf) for sign in (-1, 1))
-    return high.topk(n), low.topk(n, largest=False)
-
-
-def whole_words(tokenizer, V):
-    """(V,): True for tokens that a reader can place: words with a space before them, Names, signs.
-
-    None for a vocabulary of characters, or without such tokens.
-    """
-    texts = [tokenizer.decode([i]) for i in range(V)]
-    text = [t.isprintable() and "\ufffd" not in t and t.strip() != "" for t in texts]
-    begins = [t[:1] == " " or t[:1].isupper() or not t[:1].isalnum() for t in texts]
-    fine = [a and b for a, b in zip(text, begins)]
-    return torch.tensor(fine) if tokenizer.end is not None and any(fine) else None
-
-
-def directions(model):
-    """E less the mean of its rows, these then of norm 1: (V,D). Their products tell how alike tokens are."""
-    E = model.wte.weight[: model.config.vocab_size]
-    return F.normalize(E - E.mean(0), dim=-1)
-
-
-def coherence(model, tokenizer, top):
-    """How alike the tokens are that each sense says, a measure of how readable it is: top (K,n) -> (K,).
-
-    The mean product of two of their directions; those of fewer than three letters are unlike all others.
-    """
-    n = top.size(1)
-    letters = [len(re.findall(r"[^\W\d_]", tokenizer.decode([i]))) for i in top.flatten().tolist()]
-    counts = torch.tensor(letters, device=top.device).view_as(top) > 2  # (K,n)
-    e = directions(model)[top] * counts[..., None]  # (K,n,D)
-    return ((e @ e.mT).sum((1, 2)) - counts.sum(1)) / max(1, n * (n - 1))
-
-
-def similarity(model, C):
-    """cos(C(x)_l, C_l) of the senses of all tokens with C (K,D): (V,K) (section 5.2)."""
-    ids = torch.arange(model.config.vocab_size, device=C.device)  # (V,)
-    parts = [F.cosine_similarity(model.senses(part), C, dim=-1) for part in ids.split(1024)]
-    return torch.cat(parts)
-
-
-def attribution(model, idx, direction):
-    """Why the token after idx (T,) gets its logit: weights and parts, both (T,K), in the exact sum
-
-        direction . o = sum_j sum_l alpha[l,j] (direction . C(x_j)_l)
-
-    direction (D,): E[y] for the logit of y, E[y] - E[z] for the difference to that of z; several
-    directions (...,D) give parts (...,T,K).
-    """
-    alpha = model.contextualization(idx[None])[0, :, -1].T  # (T,K)
-    return alpha, alpha * torch.einsum("tkd,...d->...tk", model.senses(idx), direction)
-
-
-# ---- views: each prints, and returns what a picture shows
-
-
-def ranked(tokenizer, values, ids):
-    """[(token, score)] of one row of topk."""
-    return [(token_text(tokenizer, i), v) for v, i in zip(values.tolist(), ids.tolist())]
+def named(r, values, ids):
+    """The values and ids (n,) of topk as [(token, value)]."""
+    return [(token_text(r.tokenizer, i), v) for v, i in zip(values.tolist(), ids.tolist())]
 
 
 def fill(pairs, digits=1, indent=12, width=80):
@@ -137,202 +86,244 @@ def fill(pairs, digits=1, indent=12, width=80):
     lines = [""]
     for token, score in pairs:
         piece = f"  {token[:20]} {score:.{digits}f}"
-        if indent + len(lines[-1] + piece) > width:
+        if indent + len(lines[-1]) + len(piece) > width:
             lines.append("")
         lines[-1] += piece
     return ("\n" + " " * indent).join(lines)
 
 
-def show_words(model, tokenizer, words, senses, n, shown=None):
-    """The highest (+) and lowest (-) tokens of senses; one sense of several words, side by side.
+# -----------------------------------------------------------------------------
+# views: each prints, and returns the panels of a picture, [(title, [(token, score)])]
 
-    senses: those to show; []: all, the most readable first.
+
+def show_words(r, words, senses, n, shown):
+    """The highest (+) and lowest (-) tokens of the senses of words.
+
+    senses: the numbers of those to show; []: all, the most readable first.
     """
-    panels, columns = [], {}
-    side_by_side = len(senses) == 1 and len(words) > 1
+    panels = []
+    n_drawn = 6 if len(words) == 1 else 3  # of a word's senses, as many as a picture bears
     for word in words:
-        pieces = [token_text(tokenizer, i) for i in word_ids(tokenizer, word)]
-        C = word_senses(model, tokenizer, word)  # (K,D)
-        high, low = says(model, C, max(n, 10), shown)  # (K,n or 10) each
-        alike = coherence(model, tokenizer, high.indices[:, :10])  # (K,)
+        pieces = [token_text(r.tokenizer, i) for i in word_ids(r.tokenizer, word)]
+        heading = " ".join(pieces)
+        if len(pieces) > 1:
+            heading += f": the mean of {len(pieces)} tokens"
+        print(heading)
+        C = word_senses(r.model, r.tokenizer, word)  # (K,D)
+        high, low = says(r.model, C, max(n, 10), shown)  # (K,n or 10) each
+        alike = coherence(r.model, r.tokenizer, high.indices[:, :10])  # (K,)
         order = senses or alike.argsort(descending=True).tolist()
-        if not side_by_side:
-            several = f": the mean of {len(pieces)} tokens" * (len(pieces) > 1)
-            print(" ".join(pieces) + several)
-        for rank, l in enumerate(order):
-            highest = ranked(tokenizer, high.values[l, :n], high.indices[l, :n])
-            lowest = ranked(tokenizer, low.values[l, :n], low.indices[l, :n])
-            if senses or rank < (6 if len(words) == 1 else 3):  # as many as a picture bears
+        drawn = senses or order[:n_drawn]
+        for l in order:
+            highest = named(r, high.values[l, :n], high.indices[l, :n])
+            lowest = named(r, low.values[l, :n], low.indices[l, :n])
+            print(f"{l:3}  {alike[l]:.2f}  +{fill(highest)}")
+            print(f"           -{fill(lowest)}")
+            if l in drawn:
                 panels.append((f"{word}, sense {l}", highest))
-            columns[word] = {"+": highest, "-": lowest}
-            if not side_by_side:
-                print(f"{l:3}  {alike[l]:.2f}  +{fill(highest)}\n           -{fill(lowest)}")
-    if side_by_side:
-        width = max(10, 76 // len(words))
-        print(f"sense {senses[0]}: highest tokens, then the lowest")
-        print("  " + "".join(f"{word[: width - 2]:{width}}" for word in words))
-        for sign in "+-":
-            for row in zip(*(columns[word][sign] for word in words)):
-                cells = [f"{token[: width - 7]} {score:.1f}" for token, score in row]
-                print(f"{sign} " + "".join(f"{cell:{width}}" for cell in cells))
     return panels
 
 
-def show_similar(model, tokenizer, words, senses, n, shown=None):
+def show_side_by_side(r, words, sense, n, shown):
+    """The highest (+) and lowest (-) tokens of one sense of several words."""
+    high = []  # of each word, [(token, score)]
+    low = []
+    for word in words:
+        C = word_senses(r.model, r.tokenizer, word)[sense]  # (D,)
+        highest, lowest = says(r.model, C, n, shown)  # (n,) each
+        high.append(named(r, *highest))
+        low.append(named(r, *lowest))
+    width = max(10, 76 // len(words))
+    print(f"sense {sense}: highest tokens, then the lowest")
+    print("  " + "".join(word[: width - 2].ljust(width) for word in words))
+    for sign, columns in (("+", high), ("-", low)):
+        for row in zip(*columns):
+            cells = [f"{token[: width - 7]} {score:.1f}".ljust(width) for token, score in row]
+            print(f"{sign} " + "".join(cells))
+    return [(f"{word}, sense {sense}", column) for word, column in zip(words, high)]
+
+
+def show_similar(r, words, senses, n, shown):
     """The tokens nearest to each word by each sense, by the mean of all cosines and by the least."""
     panels = []
     for word in words:
-        cosines = similarity(model, word_senses(model, tokenizer, word))  # (V,K)
-        cosines[word_ids(tokenizer, word)] = -torch.inf
-        if shown is not None:
-            cosines[~shown] = -torch.inf
-        columns = {f"sense {l}": cosines[:, l] for l in senses or range(cosines.size(1))}
+        cosines = similarity(r.model, word_senses(r.model, r.tokenizer, word))  # (V,K)
+        others = shown.clone()
+        others[word_ids(r.tokenizer, word)] = False
+        measures = {f"sense {l}": cosines[:, l] for l in senses or range(cosines.size(1))}
         if len(senses) != 1:
-            columns |= {"all (mean)": cosines.mean(1), "least": cosines.amin(1)}
+            measures["all (mean)"] = cosines.mean(1)
+            measures["least"] = cosines.amin(1)
         print(word)
-        for name, column in columns.items():
-            nearest = ranked(tokenizer, *column.topk(min(n, int(column.isfinite().sum()))))
+        for name, measure in measures.items():
+            nearest = named(r, *top_tokens(measure, n, others))
             print(f"{name:>11}{fill(nearest, 2)}")
             panels.append((f"{word}, {name}", nearest))
     return panels
 
 
-def show_who(model, tokenizer, word, n, shown=None):
-    """The n (token, sense) pairs of the vocabulary that raise a word most."""
-    e = model.wte.weight[word_id(tokenizer, word)]  # (D,)
-    ids = torch.arange(model.config.vocab_size, device=e.device)
-    scores = torch.cat([model.senses(part) @ e for part in ids.split(1024)])  # (V,K)
-    if shown is not None:
-        scores[~shown] = -torch.inf
-    top = scores.flatten().topk(min(n, int(scores.isfinite().sum())))
-    pairs = [divmod(i, model.config.n_sense) for i in top.indices.tolist()]
-    names = [f"{token_text(tokenizer, i)}, sense {l}" for i, l in pairs]
-    bars = list(zip(names, top.values.tolist()))
-    print("\n".join(f"{score:6.1f}  {name}" for name, score in bars))
+def show_who(r, word, n, shown):
+    """The n senses of all tokens that raise a word most."""
+    e = r.model.wte.weight[word_id(r.tokenizer, word)]  # (D,)
+    scores = torch.cat([C @ e for C in all_senses(r.model)])  # (V,K)
+    K = scores.size(1)
+    values, places = top_tokens(scores.flatten(), n, shown.repeat_interleave(K))  # (n,) each
+    bars = []
+    for score, place in zip(values.tolist(), places.tolist()):
+        token, l = divmod(place, K)
+        name = f"{token_text(r.tokenizer, token)}, sense {l}"
+        print(f"{score:6.1f}  {name}")
+        bars.append((name, score))
     return [(f"who says {word}", bars)]
 
 
-def show_roles(model, tokenizer, n, shown=None, most=1000):
-    """What a sense does whatever the word, over the words a BPE learned first: the frequent ones."""
-    ids = range(model.config.vocab_size)
-    words = [i for i in ids if re.fullmatch(" [a-z]{4,}", tokenizer.decode([i]))]
-    if not words:
-        raise UserError("--roles wants words of four letters or more, and no token here is one")
-    idx = torch.tensor(words[:most], device=model.wte.weight.device)  # (N,)
-    tops = [says(model, model.senses(part), 10, shown)[0].indices for part in idx.split(64)]
-    top, panels = torch.cat(tops), []  # (N,K,10)
-    own = (top == idx[:, None, None]).any(-1).float().mean(0)  # (K,)
+def show_roles(r, n, shown, most=1000):
+    """What a sense does whatever the word, over the words that a BPE learned first: the frequent ones."""
+    ids = range(r.model.config.vocab_size)
+    words = [i for i in ids if re.fullmatch(" [a-z]{4,}", r.tokenizer.decode([i]))]
+    check(words, "--roles wants words of four letters or more, and no token here is one")
+    idx = torch.tensor(words[:most], device=r.device)  # (N,)
+    parts = []
+    for part in idx.split(64):
+        high, _ = says(r.model, r.model.senses(part), 10, shown)
+        parts.append(high.indices)  # (64,K,10)
+    top = torch.cat(parts)  # (N,K,10)
+    has_itself = (top == idx[:, None, None]).any(2)  # (N,K)
+    own = has_itself.float().mean(0)  # (K,)
     print(f"{len(idx)} words: how many have themselves among a sense's ten highest tokens,")
     print("and which tokens are most often among these, in % of the words")
+    panels = []
     for l in range(top.size(1)):
         tokens, count = top[:, l].unique(return_counts=True)
         order = count.argsort(descending=True)[:n]
-        often = ranked(tokenizer, 100 * count[order] / len(idx), tokens[order])
+        often = named(r, 100 * count[order] / len(idx), tokens[order])
         print(f"{l:3} {own[l]:6.0%}  {fill(often, 0)}")
         panels.append((f"sense {l}", often))
     return panels
 
 
-def text_ids(model, tokenizer, text, most):
-    """The token ids of --text (T,). UserError: none, or more than most."""
-    ids = tokenizer.encode(text)
-    if not 0 < len(ids) <= most:
-        raise UserError(f"--text has {len(ids)} tokens: expected 1 to {most}")
-    return torch.tensor(ids, device=model.wte.weight.device)
+# -----------------------------------------------------------------------------
+# the view of a text
 
 
-def grid(numbers, names):
-    """Print numbers (T,K) as integers, without the small ones: 16 of them beside a name."""
-    for first in range(0, numbers.size(1), 16):
-        rows = numbers[:, first : first + 16].round().int().tolist()
-        print(" " * 15 + "".join(f"{first + l:4}" for l in range(len(rows[0]))))
-        for name, row in zip(names, rows):
-            print(f"{name[:14]:>14} " + "".join(f"{value or '':>4}" for value in row))
+def likeliest_form(r, p, word):
+    """The token of a word; of a Name's two, with a space before it and without, the likelier: p (V,)."""
+    return max(word_forms(r.tokenizer, word), key=lambda token: p[token].item())
 
 
-def show_text(model, tokenizer, text, target, against, n):
-    """What comes next, the largest parts of a logit or of a difference, and all weights and parts."""
-    idx = text_ids(model, tokenizer, text, model.config.block_size)  # (T,)
-    p = model(idx[None])[0][0, -1].softmax(-1)  # (V,)
+def show_text(r, text, target, against, n):
+    """What comes next, the largest parts of a logit or of a difference, and all weights and parts.
 
-    def likeliest(word):  # after a space, a Name is a token without one
-        return max(word_forms(tokenizer, word), key=lambda i: p[i].item())
-
-    y = likeliest(target) if target else p.argmax().item()
-    direction, what = model.wte.weight[y], f"logit of {token_text(tokenizer, y)}"
+    Returns what draw_parts needs: a title, the parts (T,K), and the tokens.
+    """
+    idx = text_ids(r, text, r.model.config.block_size)  # (T,)
+    logits = r.model(idx[None])[0][0, -1]  # (V,)
+    p = logits.softmax(-1)  # (V,)
+    y = likeliest_form(r, p, target) if target else p.argmax().item()
+    what = f"logit of {token_text(r.tokenizer, y)}"
+    value = logits[y]
+    direction = r.model.wte.weight[y]  # (D,)
     if against:
-        z = likeliest(against)
-        direction = direction - model.wte.weight[z]
-        what += f" less that of {token_text(tokenizer, z)}"
-    alpha, parts = attribution(model, idx, direction)  # (T,K), (T,K)
+        z = likeliest_form(r, p, against)
+        what += f" less that of {token_text(r.tokenizer, z)}"
+        value = value - logits[z]
+        direction = direction - r.model.wte.weight[z]
+    alpha, parts = attribution(r.model, idx, direction)  # (T,K) each
 
-    names = [token_text(tokenizer, i) for i in idx.tolist()]
-    print("next, %:" + fill(ranked(tokenizer, *(100 * p).topk(n)), indent=8))
-    print(f"\n{what}: {parts.sum():+.3f}")
-    print(f"exactly the sum of {parts.numel()} parts; the largest for and against it:")
-    order = parts.flatten().sort(descending=True).indices.tolist()
-    for i in order[:n] + order[max(n, len(order) - n) :][::-1]:
-        j, l = divmod(i, parts.size(1))
-        where = f"sense {l:<3} of {names[j]} (position {j}), weight {alpha[j, l]:.3f}"
-        print(f"  {parts[j, l]:+8.3f}  {where}")
-    rows = parts.abs().sum(1).topk(min(30, len(idx))).indices.sort().values.tolist()
-    shown = [names[j] for j in rows]
+    tokens = [token_text(r.tokenizer, i) for i in idx.tolist()]
+    print("next, %:" + fill(named(r, *top_tokens(100 * p, n)), indent=8))
+    print(f"\n{what}: {value:+.3f}")
+    print_largest(tokens, alpha, parts, value, n)
+    # of a long text, the tokens that matter most
+    of_tokens = parts.abs().sum(1)  # (T,)
+    rows = of_tokens.topk(min(30, len(idx))).indices.sort().values
+    names = [tokens[j] for j in rows]
     print(f"\nweights in %: tokens down ({len(rows)} of {len(idx)} positions), senses across")
-    grid(100 * alpha[rows], shown)
+    print_grid(100 * alpha[rows], names)
     print(f"\nparts of the {what}, in tenths")
-    grid(10 * parts[rows], shown)
-    title = f"{text!r}\n{what}: {parts.sum():+.2f}"
-    return title, parts, names, "difference" if against else "logit"
+    print_grid(10 * parts[rows], names)
+    return f"{text!r}\n{what}: {value:+.2f}", parts, tokens
+
+
+def print_largest(tokens, alpha, parts, value, n):
+    """The n largest parts for, and the n largest against, what the model says: alpha, parts (T,K).
+
+    It says whether the parts add up to value, the model's own. They don't in a fork of model.py whose
+    logits come from more than these senses and weights.
+    """
+    total = parts.sum()
+    if (total - value).abs() <= 1e-4 * parts.abs().sum():
+        print(f"exactly the sum of {parts.numel()} parts; the largest for and against it:")
+    else:
+        fork = "attribution in lab/senses.py does not know all of this model"
+        print(f"NOT the sum of these {parts.numel()} parts, {total:+.3f}: {fork}")
+    order = parts.flatten().argsort(descending=True).tolist()
+    strongest_against = order[n:][-n:]
+    for i in order[:n] + strongest_against[::-1]:
+        j, l = divmod(i, parts.size(1))
+        place = f"sense {l:<3} of {tokens[j]} (position {j})"
+        print(f"  {parts[j, l]:+8.3f}  {place}, weight {alpha[j, l]:.3f}")
+
+
+def print_grid(numbers, names):
+    """Print numbers (T,K) as integers, zeros as blanks: a row for each name, 16 columns at a time."""
+    for senses in torch.arange(numbers.size(1)).split(16):
+        heads = [f"{l:4}" for l in senses.tolist()]
+        print(" " * 15 + "".join(heads))
+        rows = numbers[:, senses].round().int().tolist()
+        for name, row in zip(names, rows):
+            cells = [f"{value or '':>4}" for value in row]
+            print(f"{name[:14]:>14} " + "".join(cells))
 
 
 @torch.no_grad()
 def main(argv):
-    s, sources = configure(Settings, argv, __doc__)
-    words, alike = split_words(s.word), split_words(s.similar)
-    views = {"word": words, "similar": alike, "who": s.who, "text": s.text, "roles": s.roles}
-    asked = [name for name, value in views.items() if value]
-    if not s.html and len(asked) != 1:
-        names = "--word=..., --similar=..., --who=..., --text=..., --roles; or --html=..."
-        raise UserError(f"give one of {names}")
-    here = {"word", "text", "html"} if s.html else {"target", "against", "plot", "top", *asked}
-    here |= {"run", "edits", "edit", "device"}
-    here |= set() if s.html or s.text else {"sense", "pieces"}
-    for key in sources.keys() - here:
-        view = "the page" if s.html else asked[0]
-        raise UserError(f"{key} has no effect on {view}: leave it out")
+    s, _ = configure(Settings, argv, __doc__)
+    words = split_words(s.word)
+    alike = split_words(s.similar)
+    asked = [words, alike, s.who, s.text, s.roles]
+    views = "--word=..., --similar=..., --who=..., --text=..., --roles; or --html=..."
+    n_views = sum(bool(view) for view in asked)
+    check(n_views == 1 or s.html, f"give one of {views}")
+    check(not (s.html and s.plot), "--plot draws a view, --html writes a page: give one of them")
+    check(s.text or not (s.target or s.against), "--target and --against need --text=...")
+    check(words or alike or not s.sense, "--sense needs --word=... or --similar=...")
     if s.plot:
         expect_picture(s.plot)
     if s.html:
-        expect_place(s.html)
+        expect_place(s.html, [".html", ".htm"])
     r = open_run(s.run, s.device, s.edits, s.edit)
-    model, tokenizer = r.model, r.tokenizer
-    K, V = model.config.n_sense, model.config.vocab_size
-    senses = [part.strip() for part in s.sense.split(",")] if s.sense else []
-    for l in senses:
-        if not l.isdecimal() or int(l) >= K:
-            what = f"found {short(l)}, expected 0 to {K - 1} of {K} senses"
-            raise UserError(f"sense={short(s.sense)}: {what}")
-    senses = [int(l) for l in senses]
-    shown = None if s.pieces else whole_words(tokenizer, V)  # (V,)
     with_edits = f" with {summary(r.edits)}" if r.edits else ""
     if s.html:
-        from lab.page import write_page
-
-        return write_page(s.html, r, words, s.text)
+        write_page(s.html, r, words, s.text)
+        return
     if s.text:
-        title, *parts = show_text(model, tokenizer, s.text, s.target, s.against, min(s.top, V))
-        return draw_parts(s.plot, title + with_edits, *parts) if s.plot else None
-    if s.who:
-        title, panels = f"Logit of {s.who}", show_who(model, tokenizer, s.who, s.top, shown)
-    elif s.roles:
-        title = "Tokens that are among a sense's ten highest, in % of the words"
-        panels = show_roles(model, tokenizer, s.top, shown)
-    elif words:
+        title, parts, tokens = show_text(r, s.text, s.target, s.against, s.top)
+        if s.plot:
+            kind = "difference" if s.against else "logit"
+            draw_parts(s.plot, title + with_edits, parts, tokens, kind)
+        return
+
+    senses = sense_numbers(s.sense, r.model.config.n_sense)
+    shown = torch.ones(r.model.config.vocab_size, dtype=torch.bool)
+    if not s.pieces:
+        shown = readable_tokens(r.tokenizer, len(shown))
+    shown = shown.to(r.device)
+    if words:
         title = f"What the senses of {', '.join(words)} say: logits at weight 1"
-        panels = show_words(model, tokenizer, words, senses, s.top, shown)
-    else:
+        if len(words) > 1 and len(senses) == 1:
+            panels = show_side_by_side(r, words, senses[0], s.top, shown)
+        else:
+            panels = show_words(r, words, senses, s.top, shown)
+    elif alike:
         title = f"Tokens nearest to {', '.join(alike)}, by cosine"
-        panels = show_similar(model, tokenizer, alike, senses, s.top, shown)
+        panels = show_similar(r, alike, senses, s.top, shown)
+    elif s.who:
+        title = f"Logit of {s.who}"
+        panels = show_who(r, s.who, s.top, shown)
+    else:
+        title = "Tokens that are among a sense's ten highest, in % of the words"
+        panels = show_roles(r, s.top, shown)
     if s.plot:
         draw_bars(s.plot, title + with_edits, panels)
 

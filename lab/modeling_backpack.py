@@ -1,4 +1,5 @@
-"""A Backpack for transformers 4 and 5: lab.convert --to=hf puts this file beside model.py and control.py.
+"""
+A Backpack for transformers 4 and 5: lab.convert --to=hf puts this file beside model.py and control.py.
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model(input_ids, output_senses=True, output_contextualization=True).senses   (B,T,K,D)
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
 # transformers 4 copies only the files that are imported here, relatively and by name
-from .control import Edits
+from .control import EditedBackpack, Edits, padding_mask
 from .model import Backpack
 from .model import BackpackConfig as Sizes
 
@@ -50,15 +51,22 @@ class BackpackOutput(ModelOutput):
 
 
 class TransformersCache:
-    """model.py's Cache on top of transformers', a layer per name, so that generate works, beams too."""
+    """model.py's Cache on top of transformers', so that generate works, beams too."""
 
-    def __init__(self, past):
-        self.tensors, self.layers, self.past = past, {}, past.get_seq_length()
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self.layers = {}  # which layer of transformers' cache holds a name
+        self.past = tensors.get_seq_length()
 
-    def extend(self, name, new):
-        """Append new (B,H,T,width) to what is held; returns all of it, (B,H,S,width)."""
+    def extend(self, name, new, dim=2):
+        """Append new behind the positions held, along dim; returns all of them."""
         layer = self.layers.setdefault(name, len(self.layers))
-        return self.tensors.update(new, new[..., :0], layer)[0]
+        new = new.movedim(dim, 1)  # (B,T,...)
+        B, T, *rest = new.shape
+        # transformers' layers hold keys and values (B,heads,S,width); keys alone will do
+        keys = new.reshape(B, 1, T, -1)
+        keys, _ = self.tensors.update(keys, keys[..., :0], layer)  # (B,1,S,width)
+        return keys.reshape(B, -1, *rest).movedim(1, dim)
 
 
 class BackpackPreTrained(PreTrainedModel):
@@ -69,16 +77,19 @@ class BackpackPreTrained(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.backpack = Backpack(Sizes(**{f.name: getattr(config, f.name) for f in FIELDS}))
+        sizes = Sizes(**{f.name: getattr(config, f.name) for f in FIELDS})
+        edits = None
         if config.edits:  # room for their tensors, which are among the weights
-            n, m = config.edits["rows"], config.edits["topics"]
-            self.backpack.edits = Edits(
-                row=torch.zeros(config.vocab_size, dtype=torch.long),
-                scale=torch.ones(n, config.n_sense),
-                offset=torch.zeros(n, config.n_sense, config.n_embd),
-                w=torch.ones(m, config.vocab_size, config.n_sense),
+            n = config.edits["rows"]
+            m = config.edits["topics"]
+            edits = Edits(
+                row=torch.zeros(sizes.vocab_size, dtype=torch.long),
+                scale=torch.ones(n, sizes.n_sense),
+                offset=torch.zeros(n, sizes.n_sense, sizes.n_embd),
+                w=torch.ones(m, sizes.vocab_size, sizes.n_sense),
                 f=torch.ones(m),
             )
+        self.backpack = EditedBackpack(Backpack(sizes), edits)
 
     def _init_weights(self, module):
         if module is getattr(self, "score", None):  # Backpack has done the rest
@@ -89,12 +100,13 @@ class BackpackPreTrained(PreTrainedModel):
 
     def set_input_embeddings(self, value):
         """Another E: it has as many tokens as rows; edits leave the new ones as they are."""
-        model, edits = self.backpack, self.backpack.edits
+        edits = self.backpack.edits
         if edits is not None:
             more = value.num_embeddings - len(edits.row)
             edits.row = F.pad(edits.row, (0, more))  # (V,)
             edits.w = F.pad(edits.w, (0, 0, 0, more), value=1.0)  # (m,V,K)
-        model.wte, model.config.vocab_size = value, value.num_embeddings
+        self.backpack.wte = value
+        self.backpack.config.vocab_size = value.num_embeddings
 
     set_output_embeddings = set_input_embeddings  # tied
 
@@ -104,6 +116,13 @@ class BackpackPreTrained(PreTrainedModel):
 
     def get_output_embeddings(self):
         return self.backpack.wte  # tied: E, and up to seven rows of padding, which have no logits
+
+
+def padding_of(input_ids, attention_mask):
+    """(mask, pos) for EditedBackpack.output; None and None where nothing is padded."""
+    if attention_mask is None or attention_mask.all():
+        return None, None
+    return padding_mask(attention_mask, input_ids.size(1))
 
 
 class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
@@ -124,15 +143,15 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
         num_items_in_batch=None,
         **unused,
     ):
-        """input_ids and labels (B,T), -100 where none counts; attention_mask (B,S), 0 at padding.
+        """input_ids and labels (B,T), labels -100: not counted; attention_mask (B,S), 0 at padding.
 
         S counts what is cached too. Labels are shifted here. Returns a BackpackOutput.
         """
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
+        model = self.backpack
+        mask, pos = padding_of(input_ids, attention_mask)
+        cache = None
         if use_cache is None:
             use_cache = not self.training
-        cache = None
         if not use_cache or labels is not None:
             past_key_values = None
         else:
@@ -140,17 +159,25 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
             if past_key_values is None or not past_key_values.get_seq_length():
                 past_key_values = DynamicCache()
             cache = TransformersCache(past_key_values)
-        o, _ = self.backpack.output(input_ids, attention_mask, cache)  # (B,T,D)
-        logits, loss = self.backpack.logits(o), None  # (B,T,V)
+        if mask is None and cache is None:
+            logits, _ = model(input_ids)  # (B,T,V), without (B,K,T,T) weights in memory
+        else:
+            logits = model.logits(model.output(input_ids, cache, mask, pos))  # (B,T,V)
+        loss = None
         if labels is not None:
-            # shifts the labels
-            of = {"vocab_size": logits.size(-1), "num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, **of)
-        senses = contextualization = None
+            # it shifts the labels
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.size(-1),
+                num_items_in_batch=num_items_in_batch,
+            )
+        senses = None
         if output_senses:
-            senses = self.backpack.senses(input_ids)
+            senses = model.senses(input_ids)
+        contextualization = None
         if output_contextualization:
-            contextualization = self.backpack.contextualization(input_ids, attention_mask)
+            contextualization = model.contextualization(input_ids, mask, pos)
         output = BackpackOutput(loss, logits, past_key_values, senses, contextualization)
         return output.to_tuple() if return_dict is False else output
 
@@ -169,11 +196,16 @@ class BackpackForSequenceClassification(BackpackPreTrained):
         Padding may be left or right; without a mask there is none. Returns a SequenceClassifierOutput with
         logits (B,num_labels).
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        last = mask.size(1) - 1 - mask.flip(1).argmax(1)  # (B,)
-        o, _ = self.backpack.output(input_ids, None if mask.all() else mask)  # (B,T,D)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask, pos = padding_of(input_ids, attention_mask)
+        o = self.backpack.output(input_ids, None, mask, pos)  # (B,T,D)
+        # the last 1 of a row is the first from its end
+        from_end = attention_mask.long().flip(1).argmax(1)  # (B,)
+        last = attention_mask.size(1) - 1 - from_end  # (B,)
         rows = torch.arange(len(o), device=o.device)  # (B,)
-        logits, loss = self.score(o[rows, last]), None  # (B,num_labels)
+        logits = self.score(o[rows, last])  # (B,num_labels)
+        loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         output = SequenceClassifierOutput(loss=loss, logits=logits)

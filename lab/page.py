@@ -1,8 +1,9 @@
-"""The page of `python -m lab.look --html=FILE`: the model itself, to look into and edit in a browser.
+"""
+The page of `python -m lab.look --html=FILE`: the model itself, to look into and to edit in a browser.
 
-It is page.html with data: the weights in half precision, the tokenizer, a finished first example, and a
-guided minute of tour.json, if this model bears out what that says. A run whose page would have more than
-LIMIT bytes gets a page of tables, report.html, of frequent words and one text.
+It is page.html with data: the weights in half precision, the tokenizer, a finished first example, and the
+guided minute of tour.json, if this model does what that says. A run whose page would have more than LIMIT
+bytes gets a page of tables, report.html: of frequent words and one text.
 """
 
 import base64
@@ -14,40 +15,54 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import read_json, read_text, write_text
+from configurator import UserError
 from lab.change import next_p
-from lab.control import STRENGTHS, sense_peaks
-from lab.edit import make_edits, peaks_progress, summary
-from lab.look import attribution, says, text_ids, word_senses
-from tokenizer import byte_characters, token_text, word_ids
+from lab.control import STRENGTHS, EditedBackpack, sense_peaks
+from lab.edits import make_edits, peaks_progress, summary
+from lab.files import read_json, read_text, write_text
+from lab.senses import attribution, says, text_ids, word_senses
+from lab.words import token_text, word_ids
+from tokenizer import byte_characters
 
 FOLDER = Path(__file__).parent
 LIMIT = 14_000_000  # bytes of a page
-EDIT = {"edit": str, "word": str, "from": str, "to": str}
-TOUR = {
-    "text": str,
-    "edit": EDIT,
-    "others": [str],
-    "without": [str],
-    "fails": {"text": str, "edit": EDIT},
-}
+TABLE_LIMIT = 5_000_000  # bytes of the words on a page of tables
+
+
+def write_page(path, r, words, text):
+    """Write the page of a run, of open_run, with its edits; words and a text to begin with."""
+    write_text(path, make_page(r, words, text))
+    print(f"wrote {path}, {Path(path).stat().st_size / 1e6:.1f} MB: open it in a browser")
+
+
+@torch.no_grad()
+def make_page(r, words=(), text=""):
+    """The HTML that write_page writes."""
+    weights = [p.half().cpu().numpy().ravel() for p in r.base.state_dict().values()]
+    if sum(w.nbytes for w in weights) > LIMIT:  # base64 adds a third, zlib takes less off
+        return make_table_page(r, words, text)
+    peaks = sense_peaks(r.base, peaks_progress).cpu().numpy()  # (V,K)
+    html = read_text(FOLDER / "page.html")
+    html = html.replace("/*WEIGHTS*/", packed(np.concatenate(weights)))
+    html = html.replace("/*PEAKS*/", packed(peaks))
+    html = with_data(html, page_data(r, words, text))
+    if len(html.encode()) > LIMIT:
+        return make_table_page(r, words, text)
+    return html
 
 
 def packed(array):
     """An array's bytes as base64 of their zlib stream; of 16-bit numbers first all low bytes."""
-    data = array.view(np.uint8).reshape(-1, 2).T if array.itemsize == 2 else array
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(data).tobytes(), 9)).decode()
+    data = array.view(np.uint8)
+    if array.itemsize == 2:
+        data = data.reshape(-1, 2).T
+    return base64.b64encode(zlib.compress(data.tobytes(), 9)).decode()
 
 
-def token_names(tokenizer):
-    """The tokens as page.html reads them: characters, or bytes of a BPE, each as a printable character."""
-    if tokenizer.end is None:
-        return list(tokenizer.spec["chars"])
-    character = {byte: c for c, byte in byte_characters().items()}
-    pieces = [tokenizer.codec.decode_single_token_bytes(i) for i in range(tokenizer.vocab_size)]
-    names = ["".join(character[byte] for byte in piece) for piece in pieces]
-    names[tokenizer.end] = tokenizer.decode([tokenizer.end])
-    return names
+def with_data(html, data):
+    text = json.dumps(data, separators=(",", ":"))
+    # HTML reads the data first: without a < nothing in it can end the script or open another
+    return html.replace("/*DATA*/null", text.replace("<", "\\u003c"))
 
 
 def rounded(tensor, digits):
@@ -55,138 +70,178 @@ def rounded(tensor, digits):
     return tensor.double().cpu().numpy().round(digits).tolist()
 
 
-def first_look(r, text, n=8):
-    """What page.html shows of a text before the weights are unpacked, as its worker's look() says it."""
-    model, E = r.model, r.model.wte.weight
-    idx = text_ids(model, r.tokenizer, text, model.config.block_size)  # (T,)
-    both = [next_p(model, idx), next_p(model, idx, model.edits) if r.edits else None]
-    y = (both[0] if both[1] is None else both[1]).argmax().item()
-    alpha, parts = attribution(model, idx, E[y])  # (T,K) each
-    before, after = (p if p is None else top_tokens(r, p, n) for p in both)
-    row = torch.zeros_like(idx) if model.edits is None else model.edits.row[idx]
-    look = {"tokens": [token_text(r.tokenizer, i) for i in idx.tolist()], "ids": idx.tolist()}
-    look |= {
-        "at": len(idx) - 1,
-        "before": before,
-        "after": after,
-        "y": y,
-        "K": model.config.n_sense,
+# -----------------------------------------------------------------------------
+# the page with the model in it
+
+
+def page_data(r, words, text):
+    """What page.html has to know besides the weights, as JSON."""
+    config = r.base.config
+    tour = read_json(FOLDER / "tour.json")
+    if bears_out(r, tour):
+        for part in (tour, tour["fails"]):  # the tokens whose probabilities the tour shows
+            part["ids"] = [word_ids(r.tokenizer, part["edit"][key])[0] for key in ("from", "to")]
+    else:
+        tour = None
+    if not text:
+        text = tour["text"] if tour else r.tokenizer.decode([config.vocab_size // 2])
+    sizes = f"{r.base.num_params():,} parameters, {config.vocab_size:,} tokens"
+    return {
+        "config": asdict(config),
+        "tensors": [[name, p.numel()] for name, p in r.base.state_dict().items()],
+        "strengths": STRENGTHS,
+        "kind": r.tokenizer.spec["kind"],
+        "tokens": token_names(r.tokenizer),
+        "end": r.tokenizer.end,
+        "run": str(r.path),
+        "about": f"{r.path}: {sizes}, step {r.ckpt['step']}.",
+        "words": ",".join(words),
+        "first": {"text": text, "edits": r.edits, "look": first_look(r, text)},
+        "tour": tour,
     }
-    look |= {"names": [token_text(r.tokenizer, y), None], "changed": (row > 0).tolist()}
-    return look | {"alpha": rounded(alpha.flatten(), 4), "parts": rounded(parts.flatten(), 5)}
 
 
-def top_tokens(r, p, n):
-    return [
-        {"id": i, "token": token_text(r.tokenizer, i), "p": round(p[i].item(), 5)}
-        for i in p.topk(min(n, len(p))).indices.tolist()
-    ]
+def token_names(tokenizer):
+    """The tokens as page.html reads them: characters, or bytes of a BPE, each as a printable character."""
+    if tokenizer.end is None:
+        return list(tokenizer.spec["chars"])
+    character = {byte: c for c, byte in byte_characters().items()}
+    names = []
+    for i in range(tokenizer.vocab_size):
+        piece = tokenizer.codec.decode_single_token_bytes(i)
+        names.append("".join(character[byte] for byte in piece))
+    names[tokenizer.end] = tokenizer.decode([tokenizer.end])
+    return names
 
 
-def borne_out(r, tour):
-    """Whether the model does all that a tour says of it."""
-    model, tokenizer = r.model, r.tokenizer
+def first_look(r, text, n=8):
+    """What page.html shows of a text before the weights are unpacked: what its worker's look() says."""
+    idx = text_ids(r, text, r.model.config.block_size)  # (T,)
+    p = next_p(r.model, idx)  # (V,)
+    before = next_p(r.base, idx)  # (V,)
+    y = p.argmax().item()
+    alpha, parts = attribution(r.model, idx, r.model.wte.weight[y])  # (T,K) each
+    edited = r.model.edits.row[idx] > 0 if r.edits else torch.zeros_like(idx, dtype=torch.bool)
+    return {
+        "tokens": [token_text(r.tokenizer, i) for i in idx.tolist()],
+        "ids": idx.tolist(),
+        "at": len(idx) - 1,
+        "before": likeliest(r, before, n),
+        "after": likeliest(r, p, n) if r.edits else None,
+        "y": y,
+        "K": r.model.config.n_sense,
+        "names": [token_text(r.tokenizer, y), None],
+        "changed": edited.tolist(),
+        "alpha": rounded(alpha.flatten(), 4),
+        "parts": rounded(parts.flatten(), 5),
+    }
 
-    def turned(text, edit):
-        """(FROM is likely, then loses half, and TO is first; whether nothing changed)."""
-        change, idx = make_edits(model, tokenizer, [edit]), torch.tensor(tokenizer.encode(text))
-        before, after = (next_p(model, idx.to(r.device), edits) for edits in (None, change))
-        old, new = (word_ids(tokenizer, edit[key])[0] for key in ("from", "to"))
-        works = before[old] > 0.5 and after.argmax() == new and after[old] <= before[old] / 2
-        return works.item(), torch.allclose(before, after, atol=1e-6)
 
+def likeliest(r, p, n):
+    """The n likeliest tokens of p (V,)."""
+    values, ids = p.topk(min(n, len(p)))
+    tokens = []
+    for value, id in zip(values.tolist(), ids.tolist()):
+        tokens.append({"id": id, "token": token_text(r.tokenizer, id), "p": round(value, 5)})
+    return tokens
+
+
+def bears_out(r, tour):
+    """Whether the model as trained does all that a tour says of it."""
     try:
-        works = all(turned(text, tour["edit"])[0] for text in [tour["text"], *tour["others"]])
-        stays = all(turned(text, tour["edit"])[1] for text in tour["without"])
-        idx = torch.tensor(tokenizer.encode(tour["text"]), device=r.device)
-        old, word = (word_ids(tokenizer, tour["edit"][key])[0] for key in ("from", "word"))
-        darkest = attribution(model, idx, model.wte.weight[old])[1].flatten().argmax()
-        says_so = idx[darkest // model.config.n_sense] == word
-        return works and stays and says_so.item() and not turned(**tour["fails"])[0]
-    except ValueError:  # a word is no token here, or a text too long
+        turns = all(is_turned(r, text, tour["edit"]) for text in [tour["text"], *tour["others"]])
+        stays = all(is_unchanged(r, text, tour["edit"]) for text in tour["without"])
+        fails = not is_turned(r, **tour["fails"])
+        return turns and stays and fails and is_said_by_word(r, **tour)
+    except (UserError, ValueError):  # a word is not one token here, or a text is too long
         return False
 
 
-@torch.no_grad()
-def page(r, words=(), text=""):
-    """The page of a run opened by open_run, with its edits; words and a text to begin with."""
-    model, tokenizer, edits = r.model, r.tokenizer, r.model.edits
-    states = {name: p.half().cpu().numpy() for name, p in model.state_dict().items()}
-    states = {name: p for name, p in states.items() if not name.startswith("edits.")}
-    if sum(p.nbytes for p in states.values()) > LIMIT:  # base64 adds a third, zlib takes less off
-        return table_page(r, words, text)
-    weights = packed(np.concatenate([p.ravel() for p in states.values()]))
-    peaks = packed(sense_peaks(model, peaks_progress).cpu().numpy())
-    model.edits = None
-    tour = read_json(FOLDER / "tour.json", TOUR)
-    if borne_out(r, tour):
-        for part in (tour, tour["fails"]):  # the tokens that the tour shows
-            part["ids"] = [word_ids(tokenizer, part["edit"][key])[0] for key in ("from", "to")]
-    else:
-        tour = None
-    model.edits = edits
-    text = text or (tour["text"] if tour else tokenizer.decode([model.config.vocab_size // 2]))
-    sizes = f"{model.num_params():,} parameters, {model.config.vocab_size:,} tokens"
-    about = f"{r.path}: {sizes}, step {r.ckpt['step']}."
-    data = {"config": asdict(model.config), "about": about, "run": str(r.path), "tour": tour}
-    data |= {
-        "tensors": [[name, p.size] for name, p in states.items()],
-        "kind": tokenizer.spec["kind"],
-    }
-    data |= {"tokens": token_names(tokenizer), "end": tokenizer.end, "words": ",".join(words)}
-    data |= {
-        "strengths": STRENGTHS,
-        "first": {"text": text, "edits": r.edits, "look": first_look(r, text)},
-    }
-    html = (
-        read_text(FOLDER / "page.html").replace("/*WEIGHTS*/", weights).replace("/*PEAKS*/", peaks)
-    )
-    html = with_data(html, data)
-    return html if len(html.encode()) <= LIMIT else table_page(r, words, text)
+def next_under(r, text, edit):
+    """The probabilities (V,) of the token after a text, without an edit and with it."""
+    idx = torch.tensor(r.tokenizer.encode(text), device=r.device)  # (T,)
+    edited = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, [edit]))
+    return next_p(r.base, idx), next_p(edited, idx)
 
 
-def write_page(path, r, words, text):
-    write_text(path, page(r, words, text))
-    print(f"wrote {path}, {Path(path).stat().st_size / 1e6:.1f} MB: open it in a browser")
+def is_turned(r, text, edit):
+    """Whether a swap turns the next token: FROM was likely, it loses half, and TO is likeliest."""
+    before, after = next_under(r, text, edit)
+    old = word_ids(r.tokenizer, edit["from"])[0]
+    new = word_ids(r.tokenizer, edit["to"])[0]
+    works = before[old] > 0.5 and after[old] <= before[old] / 2 and after.argmax() == new
+    return bool(works)
 
 
-def with_data(html, data):
-    # HTML reads the data first: without a < nothing in it can end the script or open another
-    data = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return html.replace("/*DATA*/null", data)
+def is_unchanged(r, text, edit):
+    before, after = next_under(r, text, edit)
+    return torch.allclose(before, after, atol=1e-6)
+
+
+def is_said_by_word(r, text, edit, **_):
+    """Whether the largest part of the logit of FROM is of the word that a swap changes."""
+    idx = torch.tensor(r.tokenizer.encode(text), device=r.device)  # (T,)
+    old = word_ids(r.tokenizer, edit["from"])[0]
+    _, parts = attribution(r.base, idx, r.base.wte.weight[old])  # (T,K)
+    loudest = idx[parts.amax(1).argmax()]
+    return loudest.item() == word_ids(r.tokenizer, edit["word"])[0]
+
+
+# -----------------------------------------------------------------------------
+# the page of tables
 
 
 @torch.no_grad()
-def table_page(r, words, text, n=8, limit=5_000_000):
-    """The page of report.html: what words say, and the attribution of a text at each position.
+def make_table_page(r, words, text):
+    """report.html: what words say, and the attribution of a text at each position.
 
     Words: those asked for, then all tokens in the order in which a BPE learned them, so frequent ones
-    come first, until the page has `limit` bytes.
+    first, until they have TABLE_LIMIT bytes.
     """
-    model, tokenizer = r.model, r.tokenizer
-    tokens = [tokenizer.decode([i]) for i in range(model.config.vocab_size)]
-    names, n = [token_text(tokenizer, i) for i in range(len(tokens))], min(n, len(tokens))
-    title = str(r.path) + (f" with {summary(r.edits)}" if r.edits else "")
-    data = {"title": title, "tokens": names, "words": {}, "asked": words, "text": None}
-    if text:
-        idx = text_ids(model, tokenizer, text, min(64, model.config.block_size))  # (T,)
-        steps = []
-        for i, p in enumerate(model(idx[None])[0][0].softmax(-1), 1):  # p (V,)
-            ids = p.topk(n).indices.tolist()
-            if i < len(idx) and idx[i].item() not in ids:
-                ids.append(idx[i].item())
-            alpha, parts = attribution(model, idx[:i], model.wte.weight[ids])  # (i,K), (n,i,K)
-            step = {"ids": ids, "p": rounded(p[ids], 4)}
-            step |= {"alpha": rounded(alpha, 3), "parts": rounded(parts, 2)}
-            steps.append(step)
-        data["text"] = {"ids": idx.tolist(), "steps": steps}
+    tokens = [r.tokenizer.decode([i]) for i in range(r.model.config.vocab_size)]
     frequent = [f'"{token}"' for token in tokens if token.strip(" ").isalpha()]
+    title = str(r.path)
+    if r.edits:
+        title += f" with {summary(r.edits)}"
+    data = {
+        "title": title,
+        "tokens": [token_text(r.tokenizer, i) for i in range(len(tokens))],
+        "asked": words,
+        "text": table_of_text(r, text) if text else None,
+        "words": {},
+    }
     size = len(json.dumps(data))
-    for word in dict.fromkeys([*words, *frequent]):
-        high, low = says(model, word_senses(model, tokenizer, word), n)  # (K,n) each
-        entry = [high.indices.tolist(), rounded(high.values, 1), low.indices[:, :3].tolist()]
+    for word in dict.fromkeys([*words, *frequent]):  # each once
+        entry = table_of_word(r, word)
         size += len(json.dumps({word: entry}, separators=(",", ":")))
-        if size > limit:
+        if size > TABLE_LIMIT:
             break
         data["words"][word] = entry
     return with_data(read_text(FOLDER / "report.html"), data)
+
+
+def table_of_word(r, word, n=8):
+    """Of each sense of a word: its highest tokens, their logits, and its lowest tokens."""
+    high, low = says(r.model, word_senses(r.model, r.tokenizer, word), n)  # (K,n) each
+    return [high.indices.tolist(), rounded(high.values, 1), low.indices[:, :3].tolist()]
+
+
+def table_of_text(r, text, n=8):
+    """Of each position of a text: the likeliest next tokens, and the parts of their logits."""
+    idx = text_ids(r, text, min(64, r.model.config.block_size))  # (T,)
+    probs = r.model(idx[None])[0][0].softmax(-1)  # (T,V)
+    steps = []
+    for i, p in enumerate(probs, 1):
+        ids = p.topk(min(n, len(p))).indices.tolist()
+        if i < len(idx) and idx[i].item() not in ids:
+            ids.append(idx[i].item())  # what the text goes on with
+        alpha, parts = attribution(r.model, idx[:i], r.model.wte.weight[ids])  # (i,K), (n,i,K)
+        steps.append(
+            {
+                "ids": ids,
+                "p": rounded(p[ids], 4),
+                "alpha": rounded(alpha, 3),
+                "parts": rounded(parts, 2),
+            }
+        )
+    return {"ids": idx.tolist(), "steps": steps}

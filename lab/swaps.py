@@ -1,69 +1,112 @@
-"""Words after which a swap changes the next token, and how far: `python -m lab.experiments --swaps`."""
+"""Words after which a swap changes the next token, and how far: python -m lab.experiments --swaps."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, printable
+from configurator import check
 from lab.change import next_p, validation_tokens
-from lab.edit import describe, make_edits
-from lab.look import attribution, directions
-from tokenizer import word_id
+from lab.control import EditedBackpack
+from lab.edits import describe, make_edits, printable
+from lab.senses import attribution, directions
+from lab.words import word_id
 
 
-def turnable(r, tokens, is_word, length=24):
-    """[(ids (T,), word, FROM)]: starts of documents, and the token there that says most of the next, FROM.
+class Turn(NamedTuple):
+    """A text that goes on with the token `new` instead of `old`, once the senses of a word are swapped."""
 
-    FROM has a probability of at least 0.3; it and the token word are words.
+    ids: torch.Tensor  # (T,)
+    edit: dict
+    before: tuple  # the probabilities of old and new, in %
+    after: tuple
+
+
+def word_mask(tokenizer, V):
+    """(V,): True for tokens that are words of letters, without the most frequent ones."""
+    is_word = torch.zeros(V, dtype=torch.bool)
+    for i in range(500, V):  # the, of, was, ...: a BPE learns frequent tokens first
+        text = tokenizer.decode([i])
+        is_word[i] = text[0] == " " and text[1:].isalpha()
+    return is_word
+
+
+def sure_places(r, tokens, is_word, length=24):
+    """[(ids (T,), word, next token)]: starts of documents after which the next token is rather sure.
+
+    It has a probability of at least 0.3, and the token word says most of its logit; both are words.
     """
-    if r.tokenizer.end is None:
-        raise UserError("no token ends the documents of this dataset: --swaps needs one")
-    found, at = [], np.flatnonzero(tokens == r.tokenizer.end) + 1
-    length = min(length, r.model.config.block_size)
-    for document in tqdm(np.split(tokens, at), "documents", leave=False):
-        start = document[: min(length, len(document) - 1)].astype(np.int64)
+    model = r.base
+    ends = np.flatnonzero(tokens == r.tokenizer.end) + 1
+    length = min(length, model.config.block_size)
+    found = []
+    for document in tqdm(np.split(tokens, ends), "documents", leave=False):
+        start = document[:-1][:length].astype(np.int64)  # its last token ends it
         if len(start) < 4:
             continue
         ids = torch.from_numpy(start).to(r.device)
-        p, y = r.model(ids[None])[0][0].softmax(-1).max(-1)  # (T,) each
+        logits, _ = model(ids[None])
+        p, likeliest = logits[0].softmax(-1).max(-1)  # (T,) each
         for n in range(4, len(ids) + 1):
-            if p[n - 1] >= 0.3 and is_word[y[n - 1]]:
-                _, parts = attribution(r.model, ids[:n], r.model.wte.weight[y[n - 1]])  # (n,K)
-                word = ids[parts.sum(1).argmax()].item()
-                if is_word[word] and word != y[n - 1]:
-                    found.append((ids[:n], word, y[n - 1].item()))
+            old = likeliest[n - 1].item()
+            if p[n - 1] < 0.3 or not is_word[old]:
+                continue
+            _, parts = attribution(model, ids[:n], model.wte.weight[old])  # (n,K)
+            word = ids[parts.sum(1).argmax()].item()
+            if is_word[word] and word != old:
+                found.append((ids[:n], word, old))
     return found
 
 
+def try_swap(r, ids, word, old, new):
+    """The Turn that swapping old for new in a word makes after ids (T,); None: it makes none."""
+    names = [r.tokenizer.decode([token]).strip() for token in (word, old, new)]
+    edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2]}
+    edited = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, [edit]))
+    before = next_p(r.base, ids)  # (V,)
+    after = next_p(edited, ids)  # (V,)
+    halved = after[old] <= before[old] / 2
+    if after.argmax() != new or not halved or before[new] >= 0.1:
+        return None
+    pair = [old, new]
+    return Turn(ids, edit, tuple(100 * before[pair]), tuple(100 * after[pair]))
+
+
+def reach(turn):
+    """How far a swap goes: the probability of the new token after it."""
+    return turn.after[1]
+
+
+def share_with(r, turn, s):
+    """How many of s.num_samples samples have the new token among their next 8 tokens, from 0 to 1."""
+    edited = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, [turn.edit]))
+    generator = torch.Generator(r.device).manual_seed(s.seed)
+    start = turn.ids.repeat(s.num_samples, 1)  # (n,T)
+    samples = edited.generate(start, 8, temperature=0.8, generator=generator)[:, start.size(1) :]  # (n,8)
+    is_new = samples == word_id(r.tokenizer, turn.edit["to"])
+    return is_new.any(1).float().mean().item()
+
+
 def swaps(r, s):
-    """Of words that decide the next token FROM, the swaps to tokens like FROM that go furthest."""
-    model, tokenizer, best = r.model, r.tokenizer, {}
-    tokens, V = validation_tokens(r, s.dataset, s.data_dir), model.config.vocab_size
-    texts = [tokenizer.decode([i]) for i in range(V)]
-    is_word = [text[0] == " " and text[1:].isalpha() for text in texts]
-    is_word = torch.tensor(is_word, device=r.device)  # (V,)
-    is_word[:500] = False  # the, of, was, ...: a BPE learns frequent tokens first
-    E = directions(model)  # (V,D)
-    for ids, word, old in turnable(r, tokens, is_word):
-        before = next_p(model, ids)  # (V,)
-        for new in (E @ E[old]).masked_fill(~is_word, -1.0).topk(6).indices[1:].tolist():
-            names = [texts[i].strip() for i in (word, old, new)]
-            edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2]}
-            after = next_p(model, ids, make_edits(model, tokenizer, [edit]))  # (V,)
-            p = [x[y].item() for x in (before, after) for y in (old, new)]
-            turned = after.argmax() == new and p[2] <= p[0] / 2 and p[1] < 0.1
-            if turned and (word not in best or p[3] > best[word][0][3]):
-                best[word] = p, ids, edit
+    """Of words that decide the next token, the swaps to tokens like it that go furthest."""
+    check(r.tokenizer.end is not None, "--swaps needs a dataset whose documents end with a token")
+    tokens = validation_tokens(r, s.dataset, s.data_dir)
+    is_word = word_mask(r.tokenizer, r.base.config.vocab_size).to(r.device)  # (V,)
+    E = directions(r.base)  # (V,D)
+    best = {}  # of each word the Turn that goes furthest
+    for ids, word, old in sure_places(r, tokens, is_word):
+        alike = (E @ E[old]).masked_fill(~is_word, -1.0)  # (V,)
+        for new in alike.topk(6).indices[1:].tolist():  # the first is old itself
+            turn = try_swap(r, ids, word, old, new)
+            if turn and (word not in best or reach(turn) > reach(best[word])):
+                best[word] = turn
     print("% of FROM and TO before, after; samples with TO in their next 8 tokens; text; swap")
-    for p, ids, edit in sorted(best.values(), key=lambda row: -row[0][3])[: s.top]:
-        model.edits = make_edits(model, tokenizer, [edit])
-        random = torch.Generator(r.device).manual_seed(s.seed)
-        samples = model.generate(ids.repeat(s.num_samples, 1), 8, temperature=0.8, generator=random)
-        model.edits = None
-        to = word_id(tokenizer, edit["to"])
-        follow = (samples[:, len(ids) :] == to).any(1).float().mean().item()
-        print("{:4.0f} {:3.0f}  {:3.0f} {:3.0f}  ".format(*(100 * x for x in p)), end="")
-        print(f"{follow:4.0%}  {printable(tokenizer.decode(ids.tolist()))[-60:]}")
-        print(" " * 24 + describe(edit))
-    if not best:
+    turns = sorted(best.values(), key=reach, reverse=True)
+    for turn in turns[: s.top]:
+        numbers = "{:4.0f} {:3.0f}  {:3.0f} {:3.0f}".format(*turn.before, *turn.after)
+        text = printable(r.tokenizer.decode(turn.ids.tolist()))
+        print(f"{numbers}  {share_with(r, turn, s):4.0%}  {text[-60:]}")
+        print(" " * 24 + describe(turn.edit))
+    if not turns:
         print("none: no swap of a word made another token the likeliest here")

@@ -1,4 +1,5 @@
-"""Teach a Backpack by changing a few of its sense vectors (Hewitt et al. 2024, arXiv 2402.06155).
+"""
+Teach a Backpack by changing a few of its sense vectors (Hewitt et al. 2024, arXiv 2402.06155).
 
 python -m lab.edit --teach=FILE calls this. Each line of the file is {"prompt": "...", "good": "..."}, and
 may have "bad", a continuation to avoid; "subject", the words of the prompt that the fact is about (else its
@@ -7,31 +8,67 @@ name, or its rarest word); "keep", a list of prompts that shall go on as before.
 
 import contextlib
 import copy
-import itertools
 import math
 import re
+import reprlib
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError, printable
-from lab.change import change, divergence, log_p, validation_windows
-from lab.control import Edits
-from tokenizer import token_text
+from configurator import UserError, check
+from lab.change import change, divergence, log_p
+from lab.control import EditedBackpack, Edits
+from lab.edits import is_text, printable
+from lab.files import read_jsonl
+from lab.words import token_text
 
 PREFER = 10  # how many times more a vector of the subject's own tokens counts, in choosing
 PRONOUNS = ("He", "She", "It", "They")
 N_NEAR = 8  # near misses of an example that training sees, and as many that it doesn't
 
 
-# ---- subjects and near misses
+# -----------------------------------------------------------------------------
+# examples, what they are about, and near misses
+
+
+def read_examples(path):
+    """The examples in a JSONL file. UserError: there is none, or one lacks something."""
+    examples = read_jsonl(path)
+    check(examples, f'{path}: found no lines, expected {{"prompt": "...", "good": "..."}}')
+    for number, example in enumerate(examples, 1):
+        check_example(example, f"{path}, example {number}")
+    return examples
+
+
+def check_example(example, where):
+    check(isinstance(example, dict), f"{where}: expected an object")
+    keep = example.get("keep") or []
+    check(isinstance(keep, list), f"{where}: keep is not a list of prompts")
+    texts = [example.get("prompt"), example.get("good"), *keep]
+    for key in ("bad", "subject"):
+        if example.get(key) is not None:
+            texts.append(example[key])
+    for text in texts:
+        fine = is_text(text) and text != ""
+        found = reprlib.repr(text)
+        check(fine, f"{where}: found {found}, expected a prompt, a good end, and no empty text")
+    subject = example.get("subject")
+    if subject:
+        named = whole(subject).search(example["prompt"])
+        check(named, f"{where}: the prompt does not have the words of subject {subject[:40]!r}")
+
+
+def whole(words):
+    """A pattern that finds words, but not in the middle of others."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)")
 
 
 def is_name(word, counts):
-    """Whether a word is a name: capitalised much more often than not, and no pronoun."""
+    """Whether a word is a name: capitalised much more often than not, and not a pronoun."""
     often = counts[word] >= 4 * counts[word.lower()]
     return word[0].isupper() and word not in PRONOUNS and often
 
@@ -43,77 +80,137 @@ def subject_of(example, counts):
     """
     if example.get("subject"):
         return example["subject"]
-    words = list(re.finditer(r"\w+", example["prompt"]))
+    prompt = example["prompt"]
+    words = list(re.finditer(r"\w+", prompt))
+    if not words:
+        return prompt
     names = [is_name(word[0], counts) for word in words]
-    if True in names:
-        first = names.index(True)
-        beyond = [*names, False].index(False, first)  # names in a row are one
-        return example["prompt"][words[first].start() : words[beyond - 1].end()]
-    return min((w[0] for w in words), key=counts.__getitem__, default=example["prompt"])
+    if not any(names):
+        rarest = min(words, key=lambda word: counts[word[0]])
+        return rarest[0]
+    first = names.index(True)
+    last = first
+    while last + 1 < len(names) and names[last + 1]:  # names in a row are one
+        last += 1
+    return prompt[words[first].start() : words[last].end()]
 
 
 def near_misses(example, subject, counts, avoid, random):
     """The prompt of an example about others: 2 N_NEAR of them, names that are frequent, and pronouns."""
-    names = [w for w, _ in counts.most_common() if is_name(w, counts) and w not in avoid]
-    names = [w for w in names if len(w) > 2][: 8 * N_NEAR]
-    others = [*random.permutation(names)[: 2 * N_NEAR - len(PRONOUNS)], *PRONOUNS]
+    names = []
+    for word, _ in counts.most_common():
+        if len(word) > 2 and is_name(word, counts) and word not in avoid:
+            names.append(word)
+    drawn = random.permutation(names[: 8 * N_NEAR])
+    others = [*drawn[: 2 * N_NEAR - len(PRONOUNS)], *PRONOUNS]
     random.shuffle(others)
-    pattern = re.compile(rf"(?:\b[Tt]he )?(?<!\w){re.escape(subject)}(?!\w)")
-    prompts = [pattern.sub(lambda _, w=w: w, example["prompt"]) for w in others]
+    pattern = re.compile(rf"(?:\b[Tt]he )?{whole(subject).pattern}")
+    prompts = [pattern.sub(lambda _, other=other: other, example["prompt"]) for other in others]
     return [prompt for prompt in prompts if prompt != example["prompt"]]
 
 
-# ---- the choice of vectors
+class Ending(NamedTuple):
+    """A prompt and what follows it, as tokens."""
+
+    ids: torch.Tensor  # (T,)
+    first: int  # where in ids the ending begins
+
+    def log_probs(self, predict):
+        """Log-probabilities (m,V) where the ending stands; predict: idx (B,T) -> such (B,T,V)."""
+        return predict(self.ids[None, :-1])[0, self.first - 1 :]
+
+    def log_likelihood(self, predict):
+        """The log-probability of the ending, a scalar."""
+        return -F.nll_loss(self.log_probs(predict), self.ids[self.first :], reduction="sum")
+
+    def is_likeliest(self, predict):
+        return self.log_probs(predict).argmax(-1).equal(self.ids[self.first :])
+
+
+# -----------------------------------------------------------------------------
+# the choice of vectors
 
 
 @torch.no_grad()
-def choose(model, tokenizer, wanted, text, n, elsewhere, taken=()):
-    """n (token, sense) pairs that matter for what is wanted and are rarely used in other text.
+def usage(model, text):
+    """The weight that each sense of each token gets in text (m,T+1), per position: (V,K)."""
+    total = torch.zeros(model.config.vocab_size, model.config.n_sense, device=text.device)
+    for x in text[:, :-1].split(8):  # (B,T)
+        alpha = model.contextualization(x).sum(2)  # (B,K,T)
+        total.index_add_(0, x.flatten(), alpha.mT.flatten(0, 1))
+    return total / text[:, 1:].numel()
 
-    wanted: [(ids (T,), index of the first token to be said, the subject's tokens)]; text (m,T+1): other
-    text; taken: tokens to leave alone. The score of a pair is the sum of alpha onto it at the positions
-    that say what is wanted, PREFER times that for the subject's tokens, minus `elsewhere` times its mean
-    per position of other text; the examples choose in turn. Returns tokens (n,), senses (n,).
+
+@torch.no_grad()
+def ranked_pairs(model, good, subject, cost):
+    """The (token, sense) pairs that make a good ending likely, the best first, as a list.
+
+    A pair's score is the sum of alpha onto it at the positions that say the ending, PREFER times that if
+    it is among the tokens `subject`, less its cost (V,K).
     """
-    K, V, device = model.config.n_sense, model.config.vocab_size, text.device
-    cost = torch.zeros(V, K, device=device)
-    for x in text[:, :-1].split(8):
-        alpha = model.contextualization(x).sum(2) / text[:, 1:].numel()  # (B,K,T)
-        cost.index_put_((x[..., None], torch.arange(K, device=device)), alpha.mT, accumulate=True)
-    ranked = []  # of each example its pairs, the best first
-    for ids, first, subject in wanted:
-        alpha = model.contextualization(ids[None, :-1])[0, :, first - 1 :].sum(1).T  # (T,K)
-        tokens, where = ids[:-1].unique(return_inverse=True)  # (U,), (T,)
-        score = alpha.new_zeros(len(tokens), K).index_add(0, where, alpha)  # (U,K)
-        own = torch.isin(tokens, torch.tensor(subject, device=device))  # (U,)
-        score = score * (1 + (PREFER - 1) * own[:, None]) - elsewhere * cost[tokens]
-        pairs = [divmod(i, K) for i in score.flatten().argsort(descending=True).tolist()]
-        ranked.append([(tokens[u].item(), l) for u, l in pairs])
-    # a token that is half a character can't be named in a file of edits
-    found = {i for pairs in ranked for i, _ in pairs} - set(taken)
-    named = {i for i in found if tokenizer.encode(tokenizer.decode([i])).tolist() == [i]}
-    ranked = [[pair for pair in pairs if pair[0] in named] for pairs in ranked]
-    most = len({pair for pairs in ranked for pair in pairs})
-    if n > most:
-        what = f"found {most} sense vectors that a file of edits can name, expected as many"
-        raise UserError(f"n_vector={n}: {what}: give a lower --n_vector")
-    chosen = {}  # as a set that keeps its order
-    for pairs in itertools.cycle(ranked):
-        chosen |= dict.fromkeys([pair for pair in pairs if pair not in chosen][:1])
-        if len(chosen) == n:
-            return torch.tensor(list(chosen), device=device).unbind(1)
+    idx = good.ids[:-1]  # (T,)
+    alpha = model.contextualization(idx[None])[0]  # (K,T,T)
+    weight = alpha[:, good.first - 1 :].sum(1).T  # (T,K), of the positions that say the ending
+    tokens, where = idx.unique(return_inverse=True)  # (U,), (T,)
+    score = weight.new_zeros(len(tokens), weight.size(1)).index_add(0, where, weight)  # (U,K)
+    own = torch.isin(tokens, torch.tensor(subject, device=idx.device))  # (U,)
+    score[own] *= PREFER
+    score -= cost[tokens]
+    pairs = []
+    for i in score.flatten().argsort(descending=True).tolist():
+        u, sense = divmod(i, score.size(1))
+        pairs.append((tokens[u].item(), sense))
+    return pairs
 
 
-def with_room(base, model, tokens):
-    """The edits base, or none, with rows for tokens that base leaves as they are."""
-    E, K, V = model.wte.weight.detach(), model.config.n_sense, model.config.vocab_size
-    row, ones = torch.zeros(V, dtype=torch.long, device=E.device), E.new_ones(1, K)
-    zeros = E.new_zeros(1, K, E.size(1))
-    base = base or Edits(row, ones, zeros, E.new_zeros(0, V, K), E.new_zeros(0))
-    row, new = base.row.clone(), [i for i in tokens.unique().tolist() if not base.row[i]]
-    row[new] = torch.arange(len(new), device=E.device) + len(base.scale)
-    scale = torch.cat([base.scale, *[ones] * len(new)])
-    return Edits(row, scale, torch.cat([base.offset, *[zeros] * len(new)]), base.w, base.f)
+def choose(model, tokenizer, goods, subjects, text, n, elsewhere, taken=()):
+    """n (token, sense) pairs that matter for good endings and are rarely used in other text (m,T+1).
+
+    subjects: the tokens that each ending is about; elsewhere: weight of the use in other text; taken:
+    tokens to leave alone. The endings choose in turn. Returns tokens (n,), senses (n,).
+    """
+    cost = elsewhere * usage(model, text)  # (V,K)
+    ranked = []
+    for good, subject in zip(goods, subjects):
+        pairs = ranked_pairs(model, good, subject, cost)
+        ranked.append([pair for pair in pairs if pair[0] not in taken and has_name(tokenizer, pair[0])])
+    most = len(set().union(*ranked))
+    what = f"found {most} sense vectors that a file of edits can name, expected as many"
+    check(n <= most, f"n_vector={n}: {what}: give a lower --n_vector")
+    chosen = {}  # a set that keeps its order
+    while len(chosen) < n:
+        for pairs in ranked:
+            best = next((pair for pair in pairs if pair not in chosen), None)
+            if best:
+                chosen[best] = True
+    return torch.tensor(list(chosen)[:n], device=text.device).unbind(1)
+
+
+def has_name(tokenizer, token):
+    """Whether a file of edits can name a token, which may be half a character."""
+    return tokenizer.encode(tokenizer.decode([token])).tolist() == [token]
+
+
+# -----------------------------------------------------------------------------
+# edits that learn
+
+
+def with_rows(edits, tokens, model):
+    """edits, or None, as Edits that have a row for each of these tokens."""
+    V = model.config.vocab_size
+    K = model.config.n_sense
+    E = model.wte.weight.detach()
+    if edits is None:
+        row = torch.zeros(V, dtype=torch.long, device=E.device)
+        offset = E.new_zeros(1, K, E.size(1))
+        edits = Edits(row, E.new_ones(1, K), offset, E.new_zeros(0, V, K), E.new_zeros(0))
+    row = edits.row.clone()
+    new = [token for token in tokens.unique().tolist() if row[token] == 0]
+    n = len(edits.scale)
+    row[new] = torch.arange(n, n + len(new), device=E.device)
+    scale = torch.cat([edits.scale, E.new_ones(len(new), K)])
+    offset = torch.cat([edits.offset, E.new_zeros(len(new), K, E.size(1))])
+    return Edits(row, scale, offset, edits.w, edits.f)
 
 
 def moved(edits, tokens, senses, delta):
@@ -122,211 +219,254 @@ def moved(edits, tokens, senses, delta):
     return Edits(edits.row, edits.scale, offset, edits.w, edits.f)
 
 
-# ---- teaching
-
-
-def log_likelihood(each, ids):
-    """The log-probability of ids (m,), a scalar; each (m,V): log-probabilities where they stand."""
-    return -F.nll_loss(each, ids, reduction="sum")
+# -----------------------------------------------------------------------------
+# teaching
 
 
 class Lesson:
-    """Examples, near misses and other text as token ids, for one model as the edits base leave it.
+    """What shall become likely, and what shall stay as it is, for one model (with the edits so far).
 
-    Training sees the near misses near[0::2] and the windows known; near[1::2] and unseen are for the report.
+    Training sees the near misses near[0::2] and the windows known; near[1::2] and unseen are for the
+    report. text (n,T+1): other text.
     """
 
-    def __init__(self, r, examples, tokens, s):
-        self.model, self.tokenizer, self.base = r.model, r.tokenizer, r.model.edits
-        self.s, self.examples, encode = s, examples, self.encode
-        # how often each word stands in other text
-        counts = Counter(re.findall(r"\w+", r.tokenizer.decode(tokens[:1_000_000].tolist())))
-        self.goods = [encode(e["prompt"], e["good"]) for e in examples]
-        self.bads = [encode(e["prompt"], e["bad"]) if e.get("bad") else None for e in examples]
-        self.subjects = [subject_of(e, counts) for e in examples]
-        words = [f"{e['good']} {e.get('bad')} {about}" for e, about in zip(examples, self.subjects)]
-        avoid, random = set(re.findall(r"\w+", " ".join(words))), np.random.default_rng(s.seed)
-        self.near = []  # (ids of prompt and good end, index of the end's first token)
-        for example, about in zip(examples, self.subjects):
-            for prompt in near_misses(example, about, counts, avoid, random):
-                with contextlib.suppress(UserError):  # characters that the vocabulary lacks
-                    self.near.append(encode(prompt, example["good"]))
-            for prompt in example.get("keep") or []:  # for training and for the report
-                self.near += 2 * [encode(prompt, example["good"])]
-        text = validation_windows(r, tokens, s.n_window)  # (n,T+1)
-        turn = torch.arange(len(text), device=r.device) % 13  # 80 and 128 of 208 windows
-        self.known, self.unseen = text[turn < 5], text[turn > 4]
+    def __init__(self, model, tokenizer, examples, text, s):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.examples = examples
+        self.s = s
+        counts = Counter(re.findall(r"\w+", tokenizer.decode(text.flatten().tolist())))
+        self.subjects = [subject_of(example, counts) for example in examples]
+        self.goods = [self.encode(e["prompt"], e["good"]) for e in examples]
+        self.bads = []  # None where an example has none
+        for example in examples:
+            bad = example.get("bad")
+            self.bads.append(self.encode(example["prompt"], bad) if bad else None)
+        self.near = self.near_endings(counts)
+        turn = torch.arange(len(text), device=text.device) % 13  # 80 and 128 of 208 windows
+        self.known = text[turn < 5]
+        self.unseen = text[turn >= 5]
+
+    def near_endings(self, counts):
+        """What shall not become likelier: the good endings of near misses and of prompts to keep."""
+        avoid = set()  # words that no near miss is about
+        for example, subject in zip(self.examples, self.subjects):
+            avoid |= set(re.findall(r"\w+", f"{example['good']} {example.get('bad')} {subject}"))
+        random = np.random.default_rng(self.s.seed)
+        near = []
+        for example, subject in zip(self.examples, self.subjects):
+            for prompt in near_misses(example, subject, counts, avoid, random):
+                with contextlib.suppress(UserError):  # a character that the vocabulary lacks
+                    near.append(self.encode(prompt, example["good"]))
+            for prompt in example.get("keep") or []:
+                kept = self.encode(prompt, example["good"])
+                near += [kept, kept]  # for training, and for the report
+        return near
 
     def encode(self, prompt, end):
-        """(ids (T,) of prompt and end, index of the end's first token). UserError: they are too long."""
-        space, path = "" if prompt[-1].isspace() or end[0].isspace() else " ", self.s.teach
+        """An Ending. UserError: it is too long, or has characters that the vocabulary lacks."""
+        where = f"{self.s.teach}: {prompt[:40]!r}"
+        if not prompt[-1].isspace() and not end[0].isspace():
+            end = " " + end
         try:
-            start, ends = (self.tokenizer.encode(text).tolist() for text in (prompt, space + end))
-        except UserError as error:  # a character that the vocabulary lacks
-            raise UserError(f"{path}: {prompt[:40]!r}: {error}") from None
-        if len(start + ends) > (most := self.model.config.block_size):
-            what = f"is longer than block_size={most} tokens: expected less"
-            raise UserError(f"{path}: {prompt[:40]!r}... {what}")
-        return torch.tensor(start + ends, device=self.model.wte.weight.device), len(start)
+            start = self.tokenizer.encode(prompt).tolist()
+            ids = start + self.tokenizer.encode(end).tolist()
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        most = self.model.config.block_size
+        check(len(ids) <= most, f"{where}... is {len(ids)} tokens, of at most block_size={most}")
+        return Ending(torch.tensor(ids, device=self.model.wte.weight.device), len(start))
 
     def before(self, idx):
-        return log_p(self.model, idx, self.base)
-
-    def end(self, after, encoded):
-        """What is said where an end stands, and the end: log-probabilities (m,V), ids (m,).
-
-        encoded: (ids (T,), index of the end's first token).
-        """
-        ids, first = encoded
-        return after(ids[None, :-1])[0, first - 1 :], ids[first:]
+        """Log-probabilities (B,T,V) as they were."""
+        with torch.no_grad():
+            return log_p(self.model, idx)
 
     def kl(self, after, idx):
         """KL(before || after) of the next token: idx (B,T) -> (B,T)."""
-        with torch.no_grad():
-            before = self.before(idx)  # (B,T,V)
-        return divergence(before, after(idx))
+        return divergence(self.before(idx), after(idx))
 
-    def near_kl(self, after, encoded):
-        """KL(before || after) of what follows a near miss, a scalar."""
-        ids, first = encoded
-        return self.kl(after, ids[None, :first])[0, -1]
+    def near_kl(self, after, near):
+        """KL(before || after) of the token after the prompt of a near miss, a scalar."""
+        return self.kl(after, near.ids[None, : near.first])[0, -1]
 
-    def learn(self, params, after, learning_rate, title, known):
-        """Change params, by Adam, so that good ends become likely and all else stays as it is.
+    def loss(self, after, said, step, touched):
+        """What learn() makes small; said: log-likelihoods of the good endings (examples,)."""
+        # what is likelier than that needs no more pushing
+        goal = math.log((1 + self.s.enough) / 2)
+        wanted = -said.clamp(max=goal).sum()
+        for bad, good in zip(self.bads, said):
+            if bad is not None:
+                wanted = wanted + F.softplus(bad.log_likelihood(after) - good)
+        random = torch.Generator().manual_seed(self.s.seed + step)
+        near = self.near[::2]
+        changed = 0.0
+        for i in torch.randperm(len(near), generator=random)[:4].tolist():
+            changed = changed + self.near_kl(after, near[i]) / 4
+        if len(touched):
+            some = torch.randperm(len(touched), generator=random)[:4]
+            share = len(touched) / len(self.known)
+            changed = changed + share * self.kl(after, touched[some, :-1]).mean()
+        return wanted / len(said) + self.s.kl_weight * changed
 
-        after: a function of idx to log-probabilities, which depend on params; known (m,T+1): those of the
-        windows self.known that they can change. It ends when every good end has the probability s.enough, or
-        when self.known changes by more than s.max_kl: then params go back as far as needed.
+    def learn(self, params, after, learning_rate, title, touched):
+        """Change params, by Adam, so that good endings become likely and all else stays as it is.
+
+        after: idx (B,T) -> log-probabilities (B,T,V), which depend on params; touched (m,T+1): those of
+        the windows self.known that params can change. It ends when every good ending has the probability
+        s.enough, or when self.known changes by more than s.max_kl; then params go back as far as needed.
         """
-        s, share = self.s, len(known) / len(self.known)
-        # without momentum, which would go on beyond what is enough
-        optimizer = torch.optim.Adam(params, learning_rate, betas=(0.0, 0.999))
-
-        def drawn(n):
-            return torch.randperm(n, generator=random)[:4].tolist()
+        s = self.s
 
         def kl_known():
-            return share * change(self.before, after, known)[0] if share else 0.0
+            if not len(touched):
+                return 0.0
+            kl, _, _ = change(self.before, after, touched)
+            return kl * len(touched) / len(self.known)
 
-        goal = math.log((1 + s.enough) / 2)  # what is said more than that needs no more pushing
-        random, near = torch.Generator(), self.near[::2]
+        # without momentum, which would go on beyond what is enough
+        optimizer = torch.optim.Adam(params, learning_rate, betas=(0.0, 0.999))
         safe = [p.detach().clone() for p in params]
         progress = tqdm(range(s.steps + 1), title)
         for step in progress:
-            said = torch.stack(
-                [log_likelihood(*self.end(after, good)) for good in self.goods]
-            )  # (examples,)
-            least = said.exp().min().item()
-            if step % 10 == 0 or step == s.steps or least >= s.enough:
+            said = torch.stack([good.log_likelihood(after) for good in self.goods])  # (examples,)
+            least = said.min().exp().item()
+            is_last = least >= s.enough or step == s.steps
+            if is_last or step % 10 == 0:
                 kl = kl_known()
-                is_over = not kl <= s.max_kl  # nan is, too
-                what = f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}"
-                progress.set_postfix_str(what + ", so back a little" * is_over)
-                if is_over:
-                    self.go_back(params, safe, kl_known)
-                if is_over or least >= s.enough or step == s.steps:
+                progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
+                if not kl <= s.max_kl:  # also if it is nan
+                    go_back(params, safe, kl_known, s.max_kl)
                     break
                 safe = [p.detach().clone() for p in params]
-            loss = -said.clamp(max=goal).sum()
-            for bad, good in zip(self.bads, said):
-                if bad:
-                    loss = loss + F.softplus(log_likelihood(*self.end(after, bad)) - good)
-            random.manual_seed(s.seed + step)
-            kept = [self.near_kl(after, near[i]) / 4 for i in drawn(len(near))]
-            if share:
-                x = known[drawn(len(known)), :-1]  # (4,T)
-                kept.append(share * self.kl(after, x).mean())
-            loss = loss / len(self.goods) + s.kl_weight * sum(kept)
-            for p, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
-                p.grad = grad
+            if is_last:
+                break
+            optimizer.zero_grad()
+            self.loss(after, said, step, touched).backward()
             optimizer.step()
         progress.close()
 
     @torch.no_grad()
-    def go_back(self, params, safe, kl_known):
-        """Shorten the way that params went from safe, until the windows known change by at most s.max_kl."""
-        last = [p.clone() for p in params]
-        for share in (7 / 8, 3 / 4, 1 / 2, 1 / 4, 0):
-            for p, here, there in zip(params, safe, last):
-                p.copy_(torch.lerp(here, there, share) if share else here)  # there may be nan
-            if not share or kl_known() <= self.s.max_kl:
-                break
-
-    @torch.no_grad()
     def figures(self, after):
         """[(what is measured, its value as text)] on the examples, near misses and unseen text."""
-        texts = [printable(f"p({e['good']}) after {e['prompt']}") for e in self.examples]
-        ends = [self.end(after, good) for good in self.goods]
-        rows = [(x, f"{log_likelihood(*end).exp():.1%}") for x, end in zip(texts, ends)]
-        likeliest = sum(each.argmax(-1).equal(ids) for each, ids in ends)
-        rows.append(("... that are the likeliest next token", f"{likeliest} of {len(ends)}"))
-        if near := self.near[1::2]:
-            pairs = [(self.end(self.before, one), self.end(after, one)) for one in near]
-            kls = [divergence(x[0], y[0]).item() for (x, _), (y, _) in pairs]
-            p, q = ([log_likelihood(*end).exp().item() for end in side] for side in zip(*pairs))
-            gain = max(b - a for a, b in zip(p, q))
-            rows.append((f"{len(near)} near misses: KL of the next token", f"{np.mean(kls):.5f}"))
-            rows.append(("... p(good): mean, largest gain", f"{np.mean(q):.1%}, {gain:+.1%}"))
+        rows = []
+        n_likeliest = 0
+        for example, good in zip(self.examples, self.goods):
+            name = printable(f"p({example['good']}) after {example['prompt']}")
+            rows.append((name, f"{good.log_likelihood(after).exp():.1%}"))
+            n_likeliest += good.is_likeliest(after)
+        likeliest = f"{n_likeliest} of {len(self.goods)}"
+        rows.append(("... that are the likeliest next token", likeliest))
+        near = self.near[1::2]
+        if near:
+            kl = np.mean([self.near_kl(after, one).item() for one in near])
+            p = np.array([one.log_likelihood(self.before).exp().item() for one in near])
+            q = np.array([one.log_likelihood(after).exp().item() for one in near])
+            gain = f"{q.mean():.1%}, {(q - p).max():+.1%}"
+            rows.append((f"{len(near)} near misses: KL of the next token", f"{kl:.5f}"))
+            rows.append(("... p(good): mean, largest gain", gain))
         kl, _, perplexity = change(self.before, after, self.unseen)
         rows.append((f"{len(self.unseen)} windows of other text: KL per token", f"{kl:.5f}"))
-        return [*rows, ("... perplexity", f"{perplexity:.2f}")]
+        rows.append(("... perplexity", f"{perplexity:.2f}"))
+        return rows
 
 
-def teach(r, examples, tokens, s, taken=()):
-    """Learn a few sense vectors that make the good ends of examples likely, as a list of edits.
+@torch.no_grad()
+def go_back(params, safe, kl, max_kl):
+    """Shorten the way that params went from safe, until kl() is at most max_kl."""
+    last = [p.clone() for p in params]
+    for share in (7 / 8, 3 / 4, 1 / 2, 1 / 4):
+        for p, here, there in zip(params, safe, last):
+            p.copy_(torch.lerp(here, there, share))
+        if kl() <= max_kl:
+            return
+    for p, here in zip(params, safe):
+        p.copy_(here)
 
-    r: from open_run, with the edits that are there already in its model; tokens (N,): other text, most of
-    it for the report that this prints; s: settings of lab/edit.py; taken: tokens whose senses stay.
-    UserError: an example is longer than block_size.
+
+def teach(r, examples, text, s, taken=()):
+    """Learn a few sense vectors that make the good endings of examples likely, as a list of edits.
+
+    r: from open_run; r.model may have edits already. text (n,T+1): other text, most of it for the
+    report that this prints; s: settings of lab.edit; taken: tokens whose senses stay. UserError: an
+    example does not fit the model.
     """
-    model, tokenizer = r.model, r.tokenizer
-    lesson = Lesson(r, examples, tokens, s)
-    spaces = ("",) if tokenizer.end is None else ("", " ")
-    about = [
-        {i for space in spaces for i in tokenizer.encode(space + subject).tolist()}
-        for subject in lesson.subjects
-    ]
-    wanted = [(*good, list(own)) for good, own in zip(lesson.goods, about)]
+    model = r.model
+    lesson = Lesson(model, r.tokenizer, examples, text, s)
+    subjects = [subject_tokens(r.tokenizer, subject) for subject in lesson.subjects]
     n = s.n_vector or 2 * len(examples)
-    chosen, senses = choose(model, tokenizer, wanted, lesson.known, n, s.elsewhere, taken)
+    tokens, senses = choose(model, r.tokenizer, lesson.goods, subjects, lesson.known, n, s.elsewhere, taken)
     # a window without these tokens stays exactly as it is
-    known = lesson.known[torch.isin(lesson.known[:, :-1], chosen).any(1)]  # (m,T+1)
-    n_own = sum(i in set().union(*about) for i in chosen.tolist())
-    where = f"their tokens stand in {len(known)} of {len(lesson.known)} windows to learn from"
-    print(f"{n_own} of {n} vectors belong to the subjects; {where}")
-    for example, subject, own in zip(examples, lesson.subjects, about):
-        if not own & set(chosen.tolist()):
-            what = f"no vector of {subject!r} was chosen: expect the change elsewhere, too"
-            print(f"warning: {example['prompt'][:40]!r}: {what}")
-    room, size = with_room(lesson.base, model, chosen), (n, model.config.n_embd)
-    delta = torch.zeros(size, device=r.device, requires_grad=True)  # (N,D)
+    touched = lesson.known[torch.isin(lesson.known[:, :-1], tokens).any(1)]  # (m,T+1)
+    say_choice(examples, lesson, subjects, tokens.tolist(), len(touched))
+
+    r.base.requires_grad_(False)  # only delta learns
+    delta = torch.zeros(n, model.config.n_embd, device=r.device, requires_grad=True)  # (N,D)
+    rows = with_rows(model.edits, tokens, model)
+    taught = EditedBackpack(r.base)
 
     def with_vectors(idx):
-        return log_p(model, idx, moved(room, chosen, senses, delta))
+        taught.edits = moved(rows, tokens, senses, delta)
+        return log_p(taught, idx)
 
-    lesson.learn([delta], with_vectors, s.learning_rate, "teaching", known)
-    afters = {"before": lesson.before, "taught": with_vectors}
+    lesson.learn([delta], with_vectors, s.learning_rate, "teaching", touched)
+    columns = {"before": lesson.figures(lesson.before), "taught": lesson.figures(with_vectors)}
     if s.compare:
-        other = copy.deepcopy(model)
-        weights = [p.requires_grad_() for p in other.parameters()]
+        other = copy.deepcopy(r.base).requires_grad_()
+        finetuned = EditedBackpack(other, model.edits)
 
         def with_weights(idx):
-            return log_p(other, idx, lesson.base)
+            return log_p(finetuned, idx)
 
-        title, slower = "finetuning all weights", s.learning_rate / 2500
-        lesson.learn(weights, with_weights, slower, title, lesson.known)
-        afters["all weights"] = with_weights
-    columns = [lesson.figures(after) for after in afters.values()]
-    print(" " * 50 + "".join(f"{name:>15}" for name in afters))
-    for row in zip(*columns):
-        print(f"{row[0][0][:50]:50}" + "".join(f"{value:>15}" for _, value in row))
-    with torch.no_grad():
-        vectors = model.senses(chosen)[torch.arange(n), senses] + delta  # (N,D)
-        adds = model.logits(delta).topk(min(5, model.config.vocab_size)).indices.tolist()  # (N,5)
-    rows, edits = (chosen.tolist(), senses.tolist(), adds, vectors.tolist()), []
-    for i, sense, top, vector, moves in zip(*rows, delta.any(1).tolist()):
-        edit = {"edit": "replace", "word": f'"{tokenizer.decode([i])}"', "sense": sense}
-        edit["adds"] = " ".join(token_text(tokenizer, i) for i in top)
-        edit["vector"] = [round(value, 6) for value in vector]
-        edits += [edit] if moves else []  # not if nothing was to be learned
+        weights = list(other.parameters())
+        slower = s.learning_rate / 2500
+        lesson.learn(weights, with_weights, slower, "finetuning all weights", lesson.known)
+        columns["all weights"] = lesson.figures(with_weights)
+    print_columns(columns)
+    return as_edits(model, r.tokenizer, tokens, senses, delta.detach())
+
+
+def subject_tokens(tokenizer, subject):
+    """The tokens of a subject as a list: at the start of a text and, in a BPE, within it."""
+    tokens = set(tokenizer.encode(subject).tolist())
+    if tokenizer.end is not None:
+        tokens |= set(tokenizer.encode(" " + subject).tolist())
+    return list(tokens)
+
+
+def say_choice(examples, lesson, subjects, tokens, n_touched):
+    n_own = sum(token in set().union(*subjects) for token in tokens)
+    where = f"their tokens stand in {n_touched} of {len(lesson.known)} windows to learn from"
+    print(f"{n_own} of {len(tokens)} vectors belong to the subjects; {where}")
+    for example, subject, own in zip(examples, lesson.subjects, subjects):
+        if not set(own) & set(tokens):
+            what = f"no vector of {subject!r} was chosen: expect the change elsewhere, too"
+            print(f"warning: {example['prompt'][:40]!r}: {what}")
+
+
+def print_columns(columns):
+    """Print {title: rows of Lesson.figures} side by side."""
+    print(" " * 50 + "".join(f"{title:>15}" for title in columns))
+    for row in zip(*columns.values()):
+        name, _ = row[0]
+        print(f"{name[:50]:50}" + "".join(f"{value:>15}" for _, value in row))
+
+
+@torch.no_grad()
+def as_edits(model, tokenizer, tokens, senses, delta):
+    """What was learned, delta (N,D) more in the senses (N,) of tokens (N,), as a list of edits."""
+    vectors = model.senses(tokens)[torch.arange(len(tokens)), senses] + delta  # (N,D)
+    adds = model.logits(delta).topk(min(5, model.config.vocab_size)).indices  # (N,5)
+    edits = []
+    for token, sense, vector, top, way in zip(tokens, senses, vectors, adds, delta):
+        if not way.any():  # nothing was to be learned
+            continue
+        edit = {
+            "edit": "replace",
+            "word": f'"{tokenizer.decode([token.item()])}"',
+            "sense": sense.item(),
+            "adds": " ".join(token_text(tokenizer, i) for i in top.tolist()),
+            "vector": [round(value, 6) for value in vector.tolist()],
+        }
+        edits.append(edit)
     return edits

@@ -1,4 +1,5 @@
-"""Why small Backpacks lag behind their Transformers: three runs, seen from inside; see small_runs.md.
+"""
+Why small Backpacks lag behind their Transformers: three runs, seen from inside; see small_runs.md.
 
     python -m lab.notes.small_runs                         trains, draws small_runs.svg, prints its figures
     python -m lab.notes.small_runs --steps=200             quicker
@@ -16,12 +17,12 @@ import torch
 from torch.nn import functional as F
 
 import train
-from configurator import UserError, configure, run
-from files import replacing
+from configurator import check, configure, run
 from lab.change import validation_tokens
+from lab.files import expect_place, replacing
+from lab.run import open_run
+from lab.words import token_text
 from model import Backpack
-from sample import open_run
-from tokenizer import token_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = {
@@ -33,7 +34,7 @@ RUNS = {
 RECIPE = ["--muon_lr=0", "--tokens_per_step=768", "--batch_size=12", "--schedule=cosine"]
 RECIPE += ["--min_lr=3e-4", "--sense_mlp_ratio=4", "--sense_out_ratio=4"]
 COLORS = ("#888888", "#c44e52", "#1f6fb4")
-PANELS = [
+PANELS = [  # a quantity of figures(), the title, the scale; None: the last losses by position
     ("mean loss", "validation loss, nats", "linear"),
     (None, "loss by position, at the end", "linear"),
     ("probe", "loss of a linear probe of h, nats", "linear"),
@@ -46,33 +47,51 @@ PANELS = [
 
 @dataclass
 class Settings:
-    steps: int = 1000  # [10, 1e6] per run, a multiple of 10
+    steps: int = 1000  # per run, a multiple of 10
     data_dir: str = "data"  # where datasets lie
     out_dir: str = "out/small_runs"  # where the runs go
     svg: str = "lab/notes/small_runs.svg"  # the picture to draw
     senses: str = ""  # run folders, separated by commas: measure these instead
 
 
+# -----------------------------------------------------------------------------
+# the three runs
+
+
 def train_all(folder, steps, data_dir):
     """The three runs with a checkpoint at each tenth of their steps: {name: [(step, model)]}."""
-    save = train.save_checkpoint
-
-    def keep(path, ckpt):
-        save(path, ckpt)
-        save(path.with_name(f"step{ckpt['step']}.pt"), ckpt)
-
-    train.save_checkpoint = keep
     models = {}
     for name, args in RUNS.items():
         out = folder / str(steps) / name
         if not (out / f"step{steps}.pt").exists():
-            how = [f"--out_dir={out}", f"--data_dir={data_dir}", f"--max_iters={steps}"]
-            how += [*RECIPE, f"--eval_interval={steps // 10}", "--overwrite=True", *args]
-            train.main([str(ROOT / "config/shakespeare_char.py"), *how])
-        checkpoints = range(0, steps + 1, steps // 10)
-        models[name] = [(i, Backpack.from_checkpoint(out / f"step{i}.pt")) for i in checkpoints]
-    train.save_checkpoint = save
+            train_one(out, steps, data_dir, args)
+        models[name] = []
+        for step in range(0, steps + 1, steps // 10):
+            model = Backpack.from_checkpoint(out / f"step{step}.pt")
+            models[name].append((step, model))
     return models
+
+
+def train_one(out, steps, data_dir, args):
+    """Train a run; beside ckpt.pt it keeps the checkpoint of each evaluation as stepN.pt."""
+    save = train.save_checkpoint
+
+    def save_twice(path, ckpt):
+        save(path, ckpt)
+        save(path.with_name(f"step{ckpt['step']}.pt"), ckpt)
+
+    argv = [str(ROOT / "config/shakespeare_char.py"), *RECIPE, f"--data_dir={data_dir}"]
+    argv += [f"--out_dir={out}", "--overwrite", f"--max_iters={steps}"]
+    argv += [f"--warmup_iters={steps // 10}", f"--eval_interval={steps // 10}", *args]
+    train.save_checkpoint = save_twice
+    try:
+        train.main(argv)
+    finally:
+        train.save_checkpoint = save
+
+
+# -----------------------------------------------------------------------------
+# what is measured of a model
 
 
 def windows(data, n, T, seed=0):
@@ -90,10 +109,12 @@ def cross_entropy(logits, targets):
 @torch.no_grad()
 def inside(model, batch):
     """Loss by position (T,); by sense (K,): exp(entropy of alpha), norm, share of the sum."""
-    x, y = batch[:, :-1], batch[:, 1:]  # (B,T)
-    values = {"loss": cross_entropy(model(x)[0], y).mean(0)}
+    x = batch[:, :-1]  # (B,T)
+    logits, _ = model(x)  # (B,T,V)
+    values = {"loss": cross_entropy(logits, batch[:, 1:]).mean(0)}
     if model.config.n_sense:
-        alpha, C = model.contextualization(x), model.senses(x)  # (B,K,T,T), (B,T,K,D)
+        alpha = model.contextualization(x)  # (B,K,T,T)
+        C = model.senses(x)  # (B,T,K,D)
         entropy = (-alpha * alpha.clamp(min=1e-30).log()).sum(-1)  # (B,K,T)
         values["sight"] = entropy.mean((0, 2)).exp()
         values["norm"] = C.norm(dim=-1).mean((0, 1))
@@ -105,8 +126,8 @@ def inside(model, batch):
 def probe(model, train_batch, batch, steps=300):
     """Loss of a new linear head on h: what the Transformer's features know about the next token."""
     with torch.no_grad():
-        h, _ = model.hidden(train_batch[:, :-1])  # (B,T,D)
-        h_val, _ = model.hidden(batch[:, :-1])
+        h = model.hidden(train_batch[:, :-1])  # (B,T,D)
+        h_val = model.hidden(batch[:, :-1])
     torch.manual_seed(0)
     head = torch.nn.Linear(h.size(-1), model.config.vocab_size)
     optimizer = torch.optim.AdamW(head.parameters(), 1e-2, weight_decay=0.0)
@@ -123,9 +144,26 @@ def probe(model, train_batch, batch, steps=300):
 @torch.no_grad()
 def rank(model, batch):
     """Effective rank of h: (sum of eigenvalues)^2 / sum of their squares, of its covariance."""
-    h, _ = model.hidden(batch[:, :-1])  # (B,T,D)
+    h = model.hidden(batch[:, :-1])  # (B,T,D)
     values = torch.linalg.eigvalsh(h.flatten(0, 1).T.cov())  # (D,)
     return (values.sum() ** 2 / values.square().sum()).item()
+
+
+def figures(models, train_data, val_data):
+    """{quantity: [(step, value)]} of a run; a value is one number, or one per position or sense."""
+    _, first = models[0]
+    T = first.config.block_size
+    batch = windows(val_data, 300, T)
+    probing = windows(train_data, 600, T, seed=1)
+    series = {}
+    for step, model in models:
+        values = inside(model, batch)
+        values["mean loss"] = values["loss"].mean()
+        values["probe"] = probe(model, probing, batch)
+        values["rank"] = rank(model, batch)
+        for key, value in values.items():
+            series.setdefault(key, []).append((step, np.asarray(value)))
+    return series
 
 
 @torch.no_grad()
@@ -137,11 +175,10 @@ def readability(run, data_dir, n=500, top=10):
     """
     r = open_run(run, "cpu")
     V = r.model.config.vocab_size
-    data = validation_tokens(r, None, data_dir)
-    counts = torch.from_numpy(np.bincount(data, minlength=V))  # (V,)
-    if len(counts) > V:
-        raise UserError(f"{run}: found token id {len(counts) - 1} in its data, expected {V} tokens")
-    n, top = min(n, V), min(top, V)
+    n = min(n, V)
+    top = min(top, V)
+    tokens = validation_tokens(r, None, data_dir)
+    counts = torch.from_numpy(np.bincount(tokens, minlength=V))  # (V,)
     ids = counts.topk(n).indices  # (n,)
     C = r.model.senses(ids)  # (n,K,D)
     tops = r.model.logits(C).topk(top).indices  # (n,K,top)
@@ -151,25 +188,15 @@ def readability(run, data_dir, n=500, top=10):
     cosine = F.cosine_similarity(C[:, :, None], C[:, None], dim=-1)[:, apart].mean()
     words = []
     for k in range(20, min(n, 300), 70):
-        senses = [
-            " ".join(token_text(r.tokenizer, j) for j in row) for row in tops[k, :, :5].tolist()
-        ]
-        words.append(f"{token_text(r.tokenizer, ids[k].item())}: " + " | ".join(senses))
+        senses = []
+        for row in tops[k, :, :5].tolist():
+            senses.append(" ".join(token_text(r.tokenizer, i) for i in row))
+        words.append(f"{token_text(r.tokenizer, ids[k].item())}: {' | '.join(senses)}")
     return 1 - shared.any(-1).float().mean().item(), cosine.item(), words
 
 
-def figures(models, train_data, val_data):
-    """{quantity: [(step, value)]} of a run; a value is one number, or one per position or sense."""
-    T, series = models[0][1].config.block_size, {}
-    batch, probing = windows(val_data, 300, T), windows(train_data, 600, T, seed=1)
-    for step, model in models:
-        values = inside(model, batch)
-        values["mean loss"] = values["loss"].mean()
-        values["probe"] = probe(model, probing, batch)
-        values["rank"] = rank(model, batch)
-        for key, value in values.items():
-            series.setdefault(key, []).append((step, np.asarray(value)))
-    return series
+# -----------------------------------------------------------------------------
+# the picture
 
 
 def draw(runs, path):
@@ -188,34 +215,38 @@ def draw(runs, path):
             if key is None:
                 _, losses = series["loss"][-1]
                 axis.plot(np.arange(len(losses)) + 1, losses, color=color, label=name)
+                axis.set(xscale="log", xlabel="position")
             elif key in series:
-                points = [point for point in series[key] if point[0] or key != "probe"]
-                steps, values = zip(*points)
-                values = np.stack(values).reshape(len(steps), -1)  # a line for each sense, or one
-                width = 1.5 if values.shape[1] == 1 else 0.7
-                axis.plot(steps, values, color=color, lw=width, alpha=0.9)
-                axis.plot([], [], color=color, label=name)
-        axis.set(title=title, yscale=scale, xlabel="position" if key is None else "step")
-        if key is None:
-            axis.set_xscale("log")
+                plot_series(axis, series[key], color, name)
+                axis.set(xlabel="step")
+        axis.set(title=title, yscale=scale)
     axes[1, 3].axis("off")
     axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
     with replacing(path) as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
+def plot_series(axis, series, color, name):
+    """Plot [(step, value)], with a line for each sense if a value has one number for each."""
+    steps, values = zip(*series)
+    values = np.stack(values).reshape(len(steps), -1)
+    width = 1.5 if values.shape[1] == 1 else 0.7
+    axis.plot(steps, values, color=color, lw=width, alpha=0.9)
+    axis.plot([], [], color=color, label=name)  # one entry of the legend
+
+
 def main(argv):
     s, _ = configure(Settings, argv, __doc__)
-    if s.steps % 10:
-        raise UserError(f"steps={s.steps}: expected a multiple of 10")
+    check(s.steps > 0 and s.steps % 10 == 0, f"steps={s.steps}: expected a multiple of 10")
     if s.senses:
         for folder in s.senses.split(","):
             apart, cosine, words = readability(folder, s.data_dir)
             what = f"{apart:.3f} of senses share no top token, mean cosine {cosine:.3f}"
             print(f"{folder}: {what}", *words, sep="\n  ")
         return
+    expect_place(s.svg, [".svg"])
     models = train_all(Path(s.out_dir), s.steps, s.data_dir)
-    train_data, val_data, _ = train.load_data(s.data_dir, "shakespeare_char")
+    train_data, val_data, _ = train.load_data(Path(s.data_dir) / "shakespeare_char")
     runs = {name: figures(steps, train_data, val_data) for name, steps in models.items()}
     for name, values in runs.items():
         print(name)
