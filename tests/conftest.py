@@ -1,7 +1,9 @@
-"""Shared by all tests: the root on the path, a tiny dataset, and tiny training runs in this process."""
+"""Shared by all tests: the root on the path, a tiny dataset, and tiny training runs."""
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_SILENT"] = "true"
-# More threads would only slow such small tensors down, here and in the commands that tests start.
+# more threads would only slow such small tensors down, here and in the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import configurator  # noqa: E402
 import prepare_data  # noqa: E402
 import train  # noqa: E402
 
@@ -34,7 +37,7 @@ def lines(n, start=0):
 def make_dataset(folder, name, texts, *args):
     """Make the dataset folder/name of these documents; returns folder, which is its data_dir."""
     text = folder / "text.txt"
-    text.write_text("\n\n".join(texts))
+    text.write_text("\n\n".join(texts), encoding="utf-8")
     where = [f"--data_dir={folder}", f"--dataset={name}", f"--input={text}"]
     prepare_data.main([*where, "--num_proc=1", "--documents=blank_line", *args])
     return folder
@@ -47,18 +50,59 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def run_train(data_dir, tmp_path):
-    """run_train("--key=value", ...) trains in tmp_path/run and returns that folder."""
+def tiny_argv(data_dir, tmp_path):
+    """tiny_argv(*args, out="run"): the command line of a tiny run in tmp_path/out."""
+
+    def command_line(*args, out="run"):
+        where = [f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={tmp_path / out}"]
+        return [*TINY, *where, *args]
+
+    return command_line
+
+
+@pytest.fixture
+def run_train(tiny_argv, tmp_path):
+    """run_train("--key=value", ...) trains in tmp_path/run, in this process; returns that folder."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    handlers = [signal.getsignal(number) for number in numbers]
 
     def call(*args, out="run"):
-        where = [f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={tmp_path / out}"]
-        train.main([*TINY, *where, *args])
+        train.main(tiny_argv(*args, out=out))
         return tmp_path / out
 
-    return call
+    yield call
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
 
 
 def records(folder, key):
     """{step: value} of a key in a run's metrics.jsonl."""
     parsed = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {record["step"]: record[key] for record in parsed if key in record}
+
+
+def files_in(folder):
+    """{name: content} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# ---- training in other processes: these are forked from one that has imported torch already
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["torch._dynamo"])
+
+
+def train_as_a_script(argv, log, environment):
+    """What a process does that `start` has started."""
+    os.environ.update(environment)
+    sys.argv = ["train.py", *argv]
+    sys.stdout = open(log, "w", buffering=1)
+    sys.stderr = sys.stdout
+    configurator.run(train.main)
+
+
+def start(argv, log, body=train_as_a_script, **environment):
+    """A process that trains as `python train.py *argv` does, and writes what it prints to log."""
+    process = forkserver.Process(target=body, args=(argv, log, environment))
+    process.start()
+    return process

@@ -1,139 +1,106 @@
-import contextlib
+"""lab.bench: the dense formula and the FLOPs that it compares with, and what it prints."""
+
 import json
-import subprocess
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from torch.autograd import DeviceType
 
-from configurator import UserError, configure
+from configurator import UserError
 from lab import bench
 from model import Backpack, BackpackConfig
 
 
 @pytest.fixture
 def args(tmp_path, data_dir):
-    lines = [arg[2:] for arg in TINY if "device" not in arg] + [
-        "dataset = 'tiny'",
-        "muon_lr = 0.02",
-    ]
-    (tmp_path / "c.py").write_text("\n".join(lines))
-    return [
-        f"--config={tmp_path / 'c.py'}",
-        f"--data_dir={data_dir}",
-        "--device=cpu",
-        "--block_size=16",
-    ]
+    config = [arg[2:] for arg in TINY if "device" not in arg]
+    config += ["dataset = 'tiny'", "muon_lr = 0.02"]
+    (tmp_path / "c.py").write_text("\n".join(config))
+    return [f"--config={tmp_path / 'c.py'}", f"--data_dir={data_dir}", "--device=cpu"]
 
 
-def test_the_dense_reference_is_the_same_model():
-    config = BackpackConfig(
-        block_size=150, vocab_size=300, n_layer=2, n_head=2, n_embd=24, n_sense=3, init_std=0.2
-    )
+SIZES = {"block_size": 24, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_sense": 4}
+
+
+def test_the_dense_formula_is_the_same_model():
     torch.manual_seed(0)
-    ours, dense = Backpack(config).double(), bench.Dense(config).double()
+    config = BackpackConfig(**SIZES, init_std=0.2)
+    ours = Backpack(config).double()
+    dense = bench.Dense(config).double()
     dense.load_state_dict(ours.state_dict())
-    idx = torch.randint(300, (3, 150))
-    (a := ours(idx, idx)[1]).backward()
-    (b := dense(idx, idx)[1]).backward()
-    assert abs(a - b) < 1e-10
-    for (name, p), q in zip(ours.named_parameters(), dense.parameters()):
-        assert (p.grad - q.grad).abs().max() <= 1e-10 * max(1, q.grad.abs().max()), name
+    idx = torch.randint(40, (3, 24))
+    share = torch.tensor(0.4, dtype=torch.float64)
+    for model in (ours, dense):
+        model(idx, idx, transformer_share=share)[1].backward()
+    for (name, p), q in zip(ours.named_parameters(), dense.named_parameters()):
+        assert torch.allclose(p.grad, q[1].grad, atol=1e-10), name
+    assert bench.same_logits(ours, dense, idx)
+    with torch.no_grad():
+        ours.sense_qk.weight.mul_(2)
+    assert not bench.same_logits(ours, dense, idx)
+
+
+def test_flops_are_those_of_the_products():
+    """Forward, counted by hand: 2 for each weight and token, and for each pair of positions."""
+    config = BackpackConfig(**SIZES)
+    model = Backpack(config)
+    x = torch.arange(48).remainder(10).view(2, 24)  # 10 distinct tokens
+    T, D, K = 24, config.n_embd, config.n_sense
+
+    def weights(*modules):
+        return sum(p.numel() for m in modules for p in m.parameters() if p.dim() == 2)
+
+    per_token = weights(model.blocks, model.sense_qk, model.wte)
+    pairs = 2 * T * T * (config.n_layer * 2 * D + K * (model.n_qk + D))  # two sequences
+    with torch.no_grad():
+        found = bench.count_flops(model, x, x)
+    assert found == 2 * (48 * per_token + pairs + 10 * weights(model.sense_network))
 
 
 def test_the_command_prints_a_block_and_writes_json(args, tmp_path, capsys):
-    files = f"--json={tmp_path / 'b.json'}", f"--profile={tmp_path / 't.json'}"
-    bench.main(
-        [
-            *args,
-            "--block_size=64",
-            "--runs=2",
-            "--warmup=1",
-            "--generate=3",
-            "--memory=False",
-            *files,
-        ]
-    )
-    out, result = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
-
-    machine, config, size, training, *rest = out.splitlines()
+    how = ["--block_size=64", "--runs=2", "--generate=3", "--memory=False"]
+    bench.main([*args, *how, f"--json={tmp_path / 'b.json'}", f"--profile={tmp_path / 't.json'}"])
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "b.json").read_text())
+    machine, what, size, training, first, *_ = out.splitlines()
     assert "(cpu)" in machine and f"torch {torch.__version__}, Python 3." in machine
-    assert config.endswith("c.py, tiny, torch.float32, eager, dropout 0.0")
-    assert size.startswith("batch of (8, 64) tokens, ") and result["batch"] == [8, 64]
+    assert what.endswith("c.py, tiny, torch.float32, eager")
+    assert size.startswith("batch of (8, 64) tokens, ")
     speed = 8 * 64 / np.median(result["seconds"]["training"]["backpack"])
-    assert training.startswith(f"training: {speed:,.0f} tokens/s, MFU unknown, device busy unknown")
-    longest = [float(line.split("%")[0]) for line in rest[:4]]
-    assert 100 > longest[0] >= longest[1] >= longest[2] >= longest[3] > 0 and sum(longest) <= 100
+    assert training.startswith(f"training: {speed:,.0f} tokens/s, ")
+    assert 100 > float(first.split("%")[0]) > 0
 
-    measured = {"training": {"backpack"}}
+    measured = {"training": {"backpack"}, "token": {"backpack", "transformer"}}
     for what in ("step", "forward"):
         for other in ("transformer", "dense"):
             measured[f"{what}, {other}"] = {"backpack", other}
-    measured["token"] = {"backpack", "senses token by token", "transformer", "recomputed", "dense"}
     assert {name: set(times) for name, times in result["seconds"].items()} == measured
     for name, times in result["seconds"].items():
         assert all(len(runs) == 2 for runs in times.values()) and f"\n{name} " in out
-    assert result["flop floor"] > 1 and "backpack / transformer" in out
     parts = {"Transformer", "sense network", "alpha and sum", "logits and loss", "clip and step"}
     assert {part for part, (_, took) in result["parts"].items() if took > 0} == parts
-
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    expected = {"LinearCrossEntropy", "LinearCrossEntropyBackward", "aten::_fused_adamw_"}
-    assert expected <= {event.get("name") for event in events}
+    assert "LinearCrossEntropyBackward" in {event.get("name") for event in events}
 
 
 def test_a_run_is_measured_in_its_own_shape(run_train, data_dir, tmp_path, capsys):
-    where = f"--config={run_train()}", f"--data_dir={data_dir}", f"--json={tmp_path / 'b.json'}"
+    where = [f"--run={run_train()}", f"--data_dir={data_dir}", f"--json={tmp_path / 'b.json'}"]
     bench.main([*where, "--device=cpu", "--runs=1", "--dense=False", "--batch_size=3"])
-    out, result = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "b.json").read_text())
     assert "batch of (3, 8) tokens" in out and "peak memory, transformer: " in out
-    assert len(result["bytes"]) == 2
-    assert all(0 < activations < peak for peak, activations in result["bytes"].values())
+    assert result["bytes"].keys() == {"backpack", "transformer"}
+    assert all(0 < grown < peak for peak, grown in result["bytes"].values())
 
 
-def test_the_block_of_a_gpu(args, monkeypatch):
-    """Its kernels count, not the operators and annotations around them; on a fake."""
-
-    def row(key, device_type, time, is_user_annotation=False):
-        times = {"self_device_time_total": time, "self_cpu_time_total": 9e9}
-        about = {"device_type": device_type, "is_user_annotation": is_user_annotation}
-        return SimpleNamespace(key=key, **about, **times)
-
-    gpu, rows = DeviceType.CUDA, [row("aten::mm", DeviceType.CPU, 9e9)]
-    rows += [row("a step", gpu, 9e9, is_user_annotation=True)]
-    rows += [row(name, gpu, 1e6 * time) for name, time in zip("abcde", (1, 5, 2, 4, 3))]
-    trace = SimpleNamespace(key_averages=lambda: rows)
-    monkeypatch.setattr(torch.profiler, "profile", lambda: contextlib.nullcontext(trace))
-    monkeypatch.setattr(bench, "seconds", lambda device, function: function() or 10.0)
-    monkeypatch.setattr(bench.hardware, "peak_flops", lambda *args: 1000.0)
-    s, _ = configure(bench.Settings, [*args, "--runs=2", "--warmup=0"])
-    took, lines = bench.training(s, bench.Variant(s, "backpack"), flops=50)
-    assert took == [10.0, 10.0]
-    # 8 x 16 tokens in 10 seconds; 15 seconds of kernels in 20
-    assert lines[0] == "training: 13 tokens/s, MFU 64.0%, device busy 75.0%; longest parts:"
-    assert lines[1:] == ["  33.3%  b", "  26.7%  d", "  20.0%  e", "  13.3%  c"]
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(subprocess, "getoutput", lambda command: "570.86.15\n570.86.15")
-    line = bench.machine(torch.device("cuda:0"))
-    assert line.startswith("NVIDIA H100 80GB HBM3 (cuda:0), driver 570.86.15, CUDA None, torch 2.")
-
-
-@pytest.mark.parametrize(
-    "arg, message",
-    [
-        ("--n_sense=0", "n_sense=0 has no senses"),
-        ("--dataset=nothing", "no dataset at"),
-        ("--n_sense=5", "divisible by n_sense=5"),
-        ("--batch_size=0", r"batch_size=0 .*expected a number in \[1, 65536\]"),
-        ("--dropout=1", r"dropout=1.0 .*expected a number in \[0, 1\)"),
-        ("--runs=0", r"runs=0 .*expected a number in \[1, "),
-    ],
-)
-def test_bad_settings(args, arg, message):
-    with pytest.raises(UserError, match=message) as error:
-        bench.main([*args, arg])
-    assert "\n" not in str(error.value)
+def test_mistakes(args, tmp_path):
+    config = tmp_path / "c.py"
+    before = config.read_text()
+    for line, message in (
+        ("n_sense = 0", "n_sense=0 has no senses"),
+        ("vocab_size = 7", "tiny has .* tokens, the network 7"),
+    ):
+        config.write_text(f"{before}\n{line}")
+        with pytest.raises(UserError, match=message):
+            bench.main(args)

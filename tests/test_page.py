@@ -1,197 +1,150 @@
 """The page of lab.look --html: its engine against model.py in Node, and its views in a headless Chromium."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_control import tiny
 
-import lab.edit
+import lab.page
 import sample
 from configurator import configure
-from lab import look, page
-from lab.edit import make_edits, parse
-from model import Backpack, BackpackConfig
-from tokenizer import load_tokenizer, word_ids
+from lab.control import EditedBackpack
+from lab.edits import make_edits, parse
+from lab.run import open_run
+from tokenizer import load_tokenizer
 
-RUN = ROOT / "pretrained/simplewiki"
-EDITS = [
+EDITS = [  # no topics, whose weights take half a minute for 16,384 tokens
     "",
     "swap Denver: Colorado -> Texas; swap the: river -> sea",
     "scale the 3 0; scale of all 0.5; scale in 2 2.5",
-    "replace the 3 by river 9; replace of 0 by the 1",
-    "topic music 3",
-    "topic music 4",
-    "swap the: of -> in; scale the 4 2; topic river,sea 2; replace in 1 by the 2; scale in 1 0.3",
+    "scale in 1 0.3; swap the: of -> in; scale the 4 2; replace in 1 by the 2; replace The 0 by of 1",
 ]
-ODD = list("abcXYZ éü ñ\n\t  '’s.,!?😀👩‍👩‍👧日本語0123½Ⅷ\u0301\u00a0\u3000\ufeff\u0085\u2028ß") + [
-    "<|endoftext|>"
-]
+ODD = list("abcXYZ éü ñ\n\t  '’s.,!?😀👩‍👩‍👧日本語0123½Ⅷ\u0301\u00a0\u3000\ufeff\u0085\u2028ß")
 WORDS = "the of in river music Denver was born and sea city people".split()
-CHECK = """
-const fs = require("fs"), page = fs.readFileSync(process.argv[2], "utf8");
+
+IN_NODE = """
+const fs = require("fs");
+const [html, cases, found] = process.argv.slice(2);
+const page = fs.readFileSync(html, "utf8");
 const script = id => page.split(`id="${id}">`)[1].split("</script>")[0];
-const lab = new Function(script("engine") + script("worker") +
-  "; return {methods, get engine() { return engine; }, get tokenizer() { return tokenizer; }};")();
+const code = script("engine") + script("worker");
+const lab = new Function(code + "; return {methods, engine: () => engine};")();
 (async () => {
-  const data = JSON.parse(script("data")), cases = JSON.parse(fs.readFileSync(process.argv[3]));
+  const data = JSON.parse(script("data"));
   await lab.methods.load(data, script("weights").trim(), script("peaks").trim());
-  const {engine, tokenizer} = lab, result = {};
-  result.ids = cases.strings.map(text => tokenizer.encode(text));
-  result.decoded = cases.strings.map((text, i) => tokenizer.decode(result.ids[i]));
-  result.logits = [];
-  const compile = {};
-  for (const {ids, edits} of cases.texts) {
-    const compiled = await (compile[JSON.stringify(edits)] ||= engine.compile(edits));
-    result.logits.push(Array.from(engine.logits(engine.output(engine.read(ids), ids.length - 1, compiled))));
+  const engine = lab.engine();
+  const {strings, texts, prompts} = JSON.parse(fs.readFileSync(cases));
+  const ids = strings.map(text => engine.tokenizer.encode(text));
+  const decoded = ids.map(ids => engine.tokenizer.decode(ids));
+  const greedy = prompts.map(ids => [...ids, ...engine.generate(ids, 20, null)]);
+  const logits = [];
+  for (const {ids, edits} of texts) {
+    const o = engine.output(engine.read(ids), ids.length - 1, await engine.compile(edits));
+    logits.push(Array.from(engine.logits(o)));
   }
-  result.greedy = cases.prompts.map(ids => [...engine.generate(ids, cases.length, null)]);
-  result.who = await lab.methods.who({word: cases.who, n: 10}, () => {});
-  result.look = await lab.methods.look({...data.first, at: null, targets: [], n: 8});
-  fs.writeFileSync(process.argv[4], JSON.stringify(result));
+  fs.writeFileSync(found, JSON.stringify({ids, decoded, greedy, logits}));
 })();
 """
 
 
-@lru_cache
-@torch.no_grad()
-def some_peaks(model, progress=iter):
-    """sense_peaks over 512 of 16,384 tokens, which take half a minute; clamped, as they divide."""
-    ids, E = torch.arange(model.config.vocab_size), model.wte.weight[:512]
-    return torch.cat([(model.own_senses(part) @ E.T).amax(-1).clamp(1) for part in ids.split(512)])
+def script(html, id):
+    return html.split(f'id="{id}">')[1].split("</script>")[0]
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "sense_peaks", some_peaks)
-        patch.setattr(lab.edit, "sense_peaks", some_peaks)
-        yield sample.open_run(RUN, "cpu")
+    return open_run(ROOT / "pretrained/simplewiki", "cpu")
 
 
 @pytest.fixture(scope="module")
-def built(shipped, tmp_path_factory):
-    file = tmp_path_factory.mktemp("page") / "page.html"
-    file.write_text(page.page(shipped))
-    return file
+def shipped_page(shipped, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.page, "sense_peaks", lambda *_: torch.ones(1))  # only topics need them
+        path.write_text(lab.page.make_page(shipped), encoding="utf-8")
+    return path
 
 
-def part(html, id):
-    return html.split(f'id="{id}">')[1].split("</script>")[0]
+@pytest.fixture(scope="module")
+def small():
+    """A run of another shape: characters, no biases, n_qk of its own, padded rows; and with edits."""
+    r = SimpleNamespace(path="small", ckpt={"step": 0}, device=torch.device("cpu"))
+    others = {"vocab_size": 66, "n_qk": 6, "bias": False, "sense_mlp_ratio": 2, "sense_out_ratio": 3}
+    r.base = tiny(torch.float16, **others).float()  # the page has these very numbers
+    r.tokenizer = load_tokenizer({"kind": "char", "chars": "\n" + "".join(map(chr, range(32, 97)))})
+    r.edits = parse("swap A: B -> C; scale D 1 0.5")
+    r.model = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, r.edits))
+    return r
 
 
-def test_it_is_one_file_of_bounded_size_that_asks_for_nothing(built):
-    html = built.read_text()
-    assert built.stat().st_size < page.LIMIT and json.loads(part(html, "data"))["tour"]
-    code = re.sub(
-        r'<script type="(application/json|text/plain)" id="(data|weights|peaks)">.*', "", html
-    )
-    assert not re.search(r"https?://|<link|src=|@import|url\(|fetch|innerHTML|eval\(", code)
-    assert len(part(html, "engine").split("\n")) < 300
-    assert len(code.split("\n")) - len(part(html, "engine").split("\n")) < 580
+@pytest.fixture(scope="module")
+def small_page(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(lab.page.make_page(small, text="A BAD CAB"), encoding="utf-8")
+    return path
 
 
-def in_node(html, cases, folder):
-    """What the scripts of a page say of cases; see CHECK."""
+# ---- the engine
+
+
+def assert_engine_is_model(r, html, folder, strings, edits, prompts):
+    """The engine of a page says what the model says, also of texts under each of edits."""
     if not shutil.which("node"):
         pytest.skip("no node on this machine")
-    (folder / "check.js").write_text(CHECK)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    files = [str(html), str(folder / "cases.json"), str(folder / "found.json")]
-    subprocess.run(["node", str(folder / "check.js"), *files], check=True, timeout=200)
-    return json.loads((folder / "found.json").read_text())
+    rng = np.random.default_rng(0)
+    texts = []
+    logits = []
+    for i in range(12):
+        listed = parse(edits[i % len(edits)])
+        model = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, listed))
+        size = rng.integers(1, min(r.base.config.block_size, 40) + 1)
+        ids = r.tokenizer.encode(strings[-1 - i] * 20)[:size]
+        if i % 5 == 0:
+            ids = rng.integers(r.base.config.vocab_size, size=size)
+        texts.append({"ids": ids.tolist(), "edits": listed})
+        logits.append(model(torch.tensor(ids)[None])[0][0, -1])
+    prompts = [r.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    (folder / "node.js").write_text(IN_NODE)
+    (folder / "cases.json").write_text(json.dumps({"strings": strings, "texts": texts, "prompts": prompts}))
+    files = ["node.js", html, "cases.json", "found.json"]
+    subprocess.run(["node", *files], cwd=folder, check=True, timeout=600)
+    found = json.loads((folder / "found.json").read_text())
 
-
-def cases_of(model, tokenizer, strings, edits, n):
-    """n texts of random lengths, each with one of edits, and the model's logits after them."""
-    rng, texts, want = np.random.default_rng(0), [], []
-    compiled = [make_edits(model, tokenizer, parse(text)) for text in edits]
-    for i in range(n):
-        size = int(np.exp(rng.uniform(0, np.log(min(model.config.block_size, 120)))))
-        words = tokenizer.encode(strings[-1 - i % len(strings)] * 20)[:size]
-        ids = rng.integers(model.config.vocab_size, size=size) if i % 2 else words
-        texts.append({"ids": ids.tolist(), "edits": parse(edits[i % len(edits)])})
-        model.edits = compiled[i % len(edits)]
-        want.append(model(torch.from_numpy(ids)[None])[0][0, -1])
-    model.edits = None
-    return texts, want
-
-
-def assert_same(model, tokenizer, found, cases, want):
-    strings = cases["strings"]
-    assert found["ids"] == [tokenizer.encode(text).tolist() for text in strings]
-    assert found["decoded"] == strings
-    worst = max((torch.tensor(a) - b).abs().max().item() for a, b in zip(found["logits"], want))
-    assert worst < 1e-3
-    for ids, greedy in zip(cases["prompts"], found["greedy"]):
-        want = model.generate(torch.tensor([ids]), cases["length"], temperature=0)[0, len(ids) :]
-        same = next((n for n, (a, b) in enumerate(zip(greedy, want)) if a != b), None)
-        if same is not None:  # only where the two likeliest tokens are as good as equal
-            window = torch.tensor([*ids, *greedy[:same]])[None]
-            assert window.size(1) <= model.config.block_size
-            assert -model(window)[0][0, -1].topk(2).values.diff() < 2e-3
+    ids = [r.tokenizer.encode(text).tolist() for text in strings]
+    assert found["ids"] == ids
+    assert found["decoded"] == [r.tokenizer.decode(each) for each in ids]
+    for have, want in zip(found["logits"], logits):
+        assert torch.allclose(torch.tensor(have), want, atol=1e-3)
+    for prompt, have in zip(prompts, found["greedy"]):
+        assert have == r.base.generate(torch.tensor([prompt]), 20, temperature=0)[0].tolist()
 
 
 @torch.no_grad()
-def test_the_engine_is_the_model(shipped, built, tmp_path):
-    """Logits, tokens, greedy continuations, who says a word, and the first picture."""
-    model, tokenizer, rng = shipped.model, shipped.tokenizer, np.random.default_rng(0)
+def test_the_engine_is_the_shipped_model(shipped, shipped_page, tmp_path):
+    rng = np.random.default_rng(0)
     strings = ["".join(rng.choice(ODD, size=rng.integers(1, 30))) for _ in range(1000)]
-    strings += [" ".join(rng.choice(WORDS, size=rng.integers(1, 12))) + "." for _ in range(1000)]
-    texts, want = cases_of(model, tokenizer, strings, EDITS, int(os.environ.get("PAGE_TEXTS", 35)))
-    prompts = [tokenizer.encode(text).tolist() for text in ("The river is", "He was born in", "\n")]
-    cases = {"strings": strings, "texts": texts, "prompts": prompts, "length": 25, "who": "river"}
-    found = in_node(built, cases, tmp_path)
-    assert_same(model, tokenizer, found, cases, want)
-    E, ids = model.wte.weight, torch.arange(model.config.vocab_size)
-    river = E[word_ids(tokenizer, "river")[0]]
-    scores = torch.cat([model.senses(part) @ river for part in ids.split(512)])  # (V,K)
-    tokens = [look.token_text(tokenizer, i) for i in ids.tolist()]
-    for pair in found["who"]:
-        assert abs(scores[tokens.index(pair["token"]), pair["l"]] - pair["score"]) < 1e-3
-    first = json.loads(part(built.read_text(), "data"))["first"]["look"]
-    for key in ("tokens", "ids", "at", "y", "K", "names", "changed"):
-        assert found["look"][key] == first[key], key
-    parts = found["look"]["parts"]
-    assert np.allclose([parts[str(i)] for i in range(len(parts))], first["parts"], atol=1e-3)
-    assert [x["token"] for x in found["look"]["before"]] == [x["token"] for x in first["before"]]
+    strings += [" ".join(rng.choice(WORDS, size=rng.integers(1, 12))) + "." for _ in range(100)]
+    prompts = ["The river is", "He was born in"]
+    assert_engine_is_model(shipped, shipped_page, tmp_path, strings, EDITS, prompts)
 
 
 @torch.no_grad()
-def test_the_engine_is_any_model(tmp_path):
-    """Characters, no biases, n_qk of its own kind, padded rows, edits from the start, a full window."""
-    torch.manual_seed(0)
-    chars = "".join(map(chr, range(32, 97)))  # 65 of them
-    sizes = {
-        "block_size": 8,
-        "vocab_size": 65,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 16,
-        "n_sense": 4,
-    }
-    model = Backpack(BackpackConfig(**sizes, bias=False, init_std=0.3, sense_mlp_ratio=2)).eval()
-    for p in model.parameters():
-        p.copy_(p.half())
-    tokenizer = load_tokenizer({"kind": "char", "chars": chars})
-    edits = ["", "swap A: B -> C; scale D 1 0.5", "topic A,B 2; replace A 1 by B 2"]
-    r = SimpleNamespace(model=model, tokenizer=tokenizer, path="tiny", ckpt={"step": 0})
-    r.device, r.edits = torch.device("cpu"), parse(edits[1])
-    model.edits = make_edits(model, tokenizer, r.edits)
-    (tmp_path / "page.html").write_text(page.page(r, text="A BAD CAB"[:8]))
-    strings = ["A BAD CAB", "D", "ABC DEF"]
-    texts, want = cases_of(model, tokenizer, strings, edits, 30)
-    prompts = [tokenizer.encode(text).tolist() for text in ("A", "ABCDEFGH")]
-    cases = {"strings": strings, "texts": texts, "prompts": prompts, "length": 30, "who": "A"}
-    assert_same(model, tokenizer, in_node(tmp_path / "page.html", cases, tmp_path), cases, want)
+def test_the_engine_is_any_model(small, small_page, tmp_path):
+    """With topics, and with texts that fill the window."""
+    edits = ["", "topic A,B 2; replace A 1 by B 2; scale D 1 0.5", "topic C,D 4; swap A: B -> C"]
+    strings = ["A BAD CAB", "D", "ABC DEF"] * 10
+    assert_engine_is_model(small, small_page, tmp_path, strings, edits, ["A", "ABCDEFGHIJKL"])
+
+
+# ---- the views
 
 
 @pytest.fixture(scope="module")
@@ -207,142 +160,136 @@ def chromium():
 
 
 @pytest.fixture
-def opened(chromium, built):
-    """opened(width, fragment) -> the page, whose errors fail the test."""
-    problems, contexts = [], []
+def opened(chromium):
+    """opened(path, width, fragment) -> the page; what it reports or asks of a network fails the test."""
+    problems = []
 
-    def call(width=1280, fragment="", **options):
-        context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
-        contexts.append(context)
-        view = context.new_page()
+    def call(path, width=1280, fragment="", **options):
+        view = chromium.new_page(viewport={"width": width, "height": 900}, **options)
         view.on("console", lambda message: problems.append(message.text))
         view.on("pageerror", lambda error: problems.append(str(error)))
-        view.on(
-            "request",
-            lambda request: (
-                problems.append(request.url) if request.url.startswith("http") else None
-            ),
-        )
-        view.goto(f"{built.as_uri()}{fragment}")
+        view.on("request", lambda request: problems.append(request.url))
+        view.goto(f"{path.as_uri()}{fragment}")
         return view
 
     yield call
-    for context in contexts:
-        context.close()
-    assert problems == []
+    assert [problem for problem in problems if not problem.startswith(("file:", "blob:"))] == []
 
 
-def ready(view):
-    view.wait_for_function("document.getElementById('ready').textContent.startsWith('Ready')")
-    return view
+def wait_for(view, id, text):
+    """Wait until an element shows a text."""
+    view.wait_for_function(f"document.getElementById('{id}').textContent.includes({json.dumps(text)})")
 
 
 def numbers(text):
     return [float(x.replace("\u2212", "-")) for x in re.findall(r"[-+\u2212]\d+\.\d+", text)]
 
 
-def test_the_first_picture_stands_there_before_the_model(opened):
-    view = opened()
-    view.wait_for_selector("#parts td")
-    before = view.inner_text("#before"), view.inner_text("#sum"), view.inner_text("#parts")
-    ready(view)
-    view.evaluate("update()")  # the engine draws the same
-    view.wait_for_timeout(500)
-    assert before[:2] == (view.inner_text("#before"), view.inner_text("#sum"))
-    assert np.allclose(numbers(before[2]), numbers(view.inner_text("#parts")), atol=0.011)
-
-
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
-def test_the_guided_minute(opened, width, scheme):
-    view = ready(opened(width, color_scheme=scheme))
+def test_the_guided_minute(opened, shipped_page, width, scheme):
+    view = opened(shipped_page, width, color_scheme=scheme)
+    # the first picture is there before the model, and the engine draws the same
+    view.wait_for_selector("#parts td")
+    first = {id: view.inner_text(f"#{id}") for id in ("before", "sum", "parts")}
+    wait_for(view, "ready", "Ready")
+    view.evaluate("update()")
+    view.wait_for_timeout(500)
+    assert first["before"] == view.inner_text("#before") and first["sum"] == view.inner_text("#sum")
+    assert np.allclose(numbers(first["parts"]), numbers(view.inner_text("#parts")), atol=0.011)
+
     tour = json.loads((ROOT / "lab/tour.json").read_text())
-    old, new = tour["edit"]["from"], tour["edit"]["to"]
+    old = tour["edit"]["from"]
+    new = tour["edit"]["to"]
     for step in range(1, 6):
         view.click("#tour button.main")
-        view.wait_for_function(
-            f"document.querySelector('#tour b').textContent === 'Step {step} of 5'"
-        )
+        wait_for(view, "tour", f"Step {step} of 5")
         if step == 4:
-            view.wait_for_function("document.getElementById('generate').textContent !== 'Stop'")
-            plain, changed = view.inner_text("#plain"), view.inner_text("#changed")
-            assert plain.startswith(f"{tour['text']} {old}") and changed.startswith(
-                f"{tour['text']} {new}"
-            )
+            wait_for(view, "generate", "Continue the text")
+            assert view.inner_text("#plain").startswith(f"{tour['text']} {old}")
+            assert view.inner_text("#changed").startswith(f"{tour['text']} {new}")
     view.wait_for_selector("#tour-list li:last-child")
     lines = view.inner_text("#tour-list").split("\n")
     assert sum("unchanged" in line for line in lines) == len(tour["without"])
     assert sum(f"{old} " in line for line in lines) >= len(tour["others"]) >= 10
     # what the table shows adds up to what is said above it
-    cells = [
-        numbers(cell)
-        for cell in view.locator("#parts tr:not(:last-child) td:not(.sum)").all_inner_texts()
-    ]
-    total = sum(round(100 * cell[0]) for cell in cells if cell)
+    cells = view.locator("#parts tr:not(:last-child) td:not(.sum)").all_inner_texts()
+    assert len(cells) == 96
+    total = sum(round(100 * number) for cell in cells for number in numbers(cell))
     assert total == round(100 * numbers(view.inner_text("#sum"))[0])
     wide = "e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1"
     assert view.evaluate(f"[...document.querySelectorAll('body *')].filter({wide}).length") == 0
 
 
-def test_a_state_is_a_link_a_command_and_a_file(opened, tmp_path):
-    view = ready(opened())
-    view.fill("#text", 'He said "5$"; she was born in Denver,')
-    for kind, values in (("scale", ["Denver", "all", "0.5"]), ("swap", ["born", "in", "at"])):
+def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
+    view = opened(small_page)
+    wait_for(view, "ready", "Ready")
+    text = 'A "5$"; BAD'
+    view.fill("#text", text)
+    for kind, values in (("scale", ["B", "all", "0.5"]), ("swap", ["D", "A", "B"])):
         view.select_option("#kind", kind)
         for box, value in zip(view.locator("#add input").all(), values):
             box.fill(value)
         view.click("#add button")
-        view.wait_for_function(f"document.getElementById('edits').textContent.includes('{kind} ')")
+        wait_for(view, "edits", f"{kind} {values[0]}")
     view.evaluate("navigator.clipboard.writeText = text => { window.copied = text; }")
-    view.click("#copy-command")
-    view.wait_for_function("window.copied")
-    python, script, *args = shlex.split(view.evaluate("copied"))
+    copied = {}
+    for kind, start in (("command", "python"), ("json", "["), ("link", "file:")):
+        view.click(f"#copy-{kind}")
+        view.wait_for_function(f"window.copied?.startsWith('{start}')")
+        copied[kind] = view.evaluate("copied")
+    python, name, *args = shlex.split(copied["command"])
     values, _ = configure(sample.Settings, args)
-    assert (python, script) == ("python", "sample.py") and values.start == view.input_value("#text")
-    view.click("#copy-json")
-    view.wait_for_function("window.copied.startsWith('[')")
-    assert (
-        json.loads(view.evaluate("copied")) == parse(values.edit) and len(parse(values.edit)) == 2
-    )
-    view.evaluate("navigator.clipboard.writeText = text => { window.copied = text; }")
-    view.click("#copy-link")
-    view.wait_for_function("window.copied.startsWith('file:')")
-    again = ready(opened(fragment="#" + view.evaluate("copied").partition("#")[2]))
-    again.wait_for_function("document.getElementById('after').children.length > 0")
-    assert again.inner_text("#edits") == view.inner_text("#edits")
-    assert again.inner_text("#after") == view.inner_text("#after")
-    drop = """list => { const data = new DataTransfer(); data.items.add(new File([list], "e.json"));
-      document.dispatchEvent(new DragEvent("drop", {dataTransfer: data})); }"""
-    again.evaluate(drop, '[{"edit": "topic", "words": "music", "strength": 2}]')
-    again.wait_for_function(
-        "document.getElementById('edits').textContent.startsWith('topic music 2')"
-    )
-    for bad, said in (
+    assert (python, name, values.start) == ("python", "sample.py", text)
+    assert json.loads(copied["json"]) == parse(values.edit) and len(parse(values.edit)) == 4
+
+    again = opened(small_page, fragment="#" + copied["link"].partition("#")[2])
+    wait_for(again, "ready", "Ready")
+    again.wait_for_function("document.getElementById('text').value.includes('5$')")
+    wait_for(again, "sum", "with your changes")
+    for id in ("edits", "after", "parts"):
+        assert again.inner_text(f"#{id}") == view.inner_text(f"#{id}")
+    drop = """list => {
+      const data = new DataTransfer();
+      data.items.add(new File([list], "e.json"));
+      document.dispatchEvent(new DragEvent("drop", {dataTransfer: data}));
+    }"""
+    again.evaluate(drop, '[{"edit": "topic", "words": "A, B", "strength": 2}]')
+    wait_for(again, "edits", "topic A,B 2")
+    for foreign, said in (
         ("{", "is not a file of edits"),
-        ('[{"edit": "swap", "word": "x"}]', "lacks its from"),
-        ('[{"edit": "scale", "word": "notawordatall", "sense": 1, "factor": 1}]', "tokens here"),
+        ('[{"edit": "swap", "word": "A"}]', "lacks its from"),
+        ('[{"edit": "scale", "word": "ABC", "sense": 1, "factor": 1}]', "tokens here"),
+        ('[{"edit": "replace", "word": "A", "sense": 1, "vector": [1]}]', "expected 16"),
     ):
-        again.evaluate(drop, bad)
-        again.wait_for_function(
-            f"document.getElementById('error').textContent.includes({json.dumps(said)})"
-        )
+        again.evaluate(drop, foreign)
+        wait_for(again, "error", said)
+    assert "topic A,B 2" in again.inner_text("#edits")
 
 
-def test_words_and_the_keyboard(opened):
-    """A word with markup in it is a word; a number is told by the keyboard, too."""
-    view = ready(opened())
-    view.fill("#words", "<script>alert(1)</script>, river")
-    view.wait_for_function("document.querySelectorAll('#senses .card').length === 32")
-    assert "<script>alert(1)</script>" in view.inner_text("#senses")
-    view.fill("#who", "Canada")
+def test_words_and_the_keyboard(opened, small, small_page):
+    """A word with markup in it is a word; a number tells what it is to the keyboard, too."""
+    view = opened(small_page)
+    wait_for(view, "ready", "Ready")
+    view.fill("#words", "<IMG SRC=X>, A")
+    view.wait_for_function("document.querySelectorAll('#senses .card').length === 8")
+    assert "<IMG SRC=X>: the mean of" in view.inner_text("#senses")
+    view.fill("#who", "A")
     view.press("#who", "Enter")
     view.wait_for_selector("#sayers .bar")
-    assert "Canada" in view.inner_text("#sayers")
-    view.locator("#parts td[tabindex]").nth(3).focus()
-    view.wait_for_function("document.getElementById('says').textContent.includes('It says:')")
-    view.locator("#parts td[tabindex]").nth(70).click()
+    most = (small.base.senses(torch.arange(66)) @ small.base.wte.weight[34]).max()  # 34: A
+    assert view.locator("#sayers .bar").first.inner_text().endswith(f"{most:.1f}")
+    cells = view.locator("#parts td[tabindex]")
+    cells.first.focus()
+    view.keyboard.press("ArrowDown")
+    wait_for(view, "says", "It says:")
+    cells.nth(6).click()
+    wait_for(view, "says", "It says:")
+    told = view.inner_text("#says")
+    cells.nth(9).hover()
+    assert view.inner_text("#says") == told  # it stays, so that one can get at its button
     view.locator("#says button").click()
-    view.wait_for_selector("#edits input[type=range]")
-    assert re.search(r"scale \S+ \d+ 1", view.inner_text("#edits"))
+    wait_for(view, "edits", '" " 2 1')
+    assert view.locator("#edits input[type=range]").count() == 2
     view.locator("#before button").nth(1).focus()
     view.keyboard.press("Enter")
     view.wait_for_selector("#before button.on >> nth=0")
