@@ -246,9 +246,9 @@ text. It takes no more tokens at once than it has positions.
 """
 
 # settings of train.py that a card names
-RECIPE = ("init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr", "muon_lr")
-RECIPE += ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "transformer_share", "init_std")
-RECIPE += ("seed",)
+RECIPE = ("init_from", "max_iters", "learning_rate", "schedule", "warmup_iters", "min_lr")
+RECIPE += ("muon_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout")
+RECIPE += ("transformer_share", "init_std", "seed")
 
 
 def card(path, ckpt, model, edits, metrics):
@@ -261,8 +261,9 @@ def card(path, ckpt, model, edits, metrics):
     kind = "Backpack" if c.n_sense else "Transformer"
     parts = [
         f"# {name}: a {kind} language model",
-        f"**Network**: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.n_sense} senses per "
-        f"token, {c.block_size} positions, {c.vocab_size:,} tokens; {model.num_params():,} parameters.",
+        f"**Network**: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.n_sense} senses "
+        f"per token, {c.block_size} positions, {c.vocab_size:,} tokens; "
+        f"{model.num_params():,} parameters.",
     ]
     if "sha256" in source:
         files = ", ".join(f"{sha} ({file})" for file, sha in source["sha256"].items())
