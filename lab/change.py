@@ -24,18 +24,20 @@ def validation_tokens(r, dataset, data_dir):
     hint = f"make one with prepare_data.py --tokenizer={r.path}, and give --dataset=NAME"
     dataset = dataset or r.ckpt["settings"].get("dataset")
     check(dataset, f"{r.path} was not trained on a dataset: {hint}")
-    _, tokens, meta = load_data(Path(data_dir) / dataset)
+    folder = Path(data_dir) / dataset
+    check(folder.is_dir(), f"there is no dataset at {folder}: {hint}")
+    _, tokens, meta = load_data(folder)
     same = meta["tokenizer"] == r.ckpt["meta"]["tokenizer"]
-    check(same, f"{dataset} has another vocabulary than {r.path}: {hint}")
+    check(same, f"{folder} has another vocabulary than {r.path}: {hint}")
     return tokens
 
 
 def other_text(r, dataset, data_dir, n):
     """Text that is not about the edits, as n windows of block_size + 1 tokens: (n,T+1).
 
-    It is from val.bin of a dataset: the one that is named, or that of the run, if it lies in data_dir. If
-    it doesn't, the model writes the text itself, which is what KL between two models asks for: the
-    mean over text of the first. UserError: the dataset that is named can't be used.
+    It is from val.bin of the dataset that is named, or else of the run's own, if that lies in data_dir and
+    is long enough. If not, the model writes the text itself: KL between two models is a mean over text
+    that the first one writes. UserError: the dataset that is named can't be used.
     """
     T = r.base.config.block_size
     try:

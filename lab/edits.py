@@ -212,6 +212,7 @@ class ChangedSenses:
         self.offset[token][sense] = vector
 
     def check(self, tokenizer):
+        """UserError: some numbers are too large, or nan, as of a swap from a word whose embedding is 0."""
         for token in self.scale:
             numbers = torch.cat([self.scale[token], self.offset[token].flatten()])
             largest = numbers.abs().max().item()
@@ -265,18 +266,15 @@ def make_edits(model, tokenizer, edits, with_topics=True):
     """
     if not edits:
         return None
-    check(
-        model.config.n_sense,
-        "this run is a plain Transformer (n_sense=0): it has no senses to edit",
-    )
+    check(model.config.n_sense, "a plain Transformer (n_sense=0) has no senses to edit")
     changed = ChangedSenses(model)
-    bags = []  # of each topic: its strength, and the first token of each of its words
+    topics = []  # of each its strength, and the first tokens of its words
     # vectors first, in order, and then weights, so that all factors of a sense multiply
     for edit in sorted(edits, key=lambda edit: edit["edit"] == "scale"):
         try:
             if edit["edit"] == "topic":
-                words = edit["words"].split(",")
-                bags.append((edit["strength"], sorted({word_ids(tokenizer, w)[0] for w in words})))
+                first_tokens = {word_ids(tokenizer, word)[0] for word in edit["words"].split(",")}
+                topics.append((edit["strength"], sorted(first_tokens)))
             else:
                 apply(edit, changed, tokenizer)
         except UserError as error:
@@ -285,13 +283,13 @@ def make_edits(model, tokenizer, edits, with_topics=True):
     row, scale, offset = changed.tensors()
     w = scale.new_zeros(0, len(row), scale.size(1))  # (0,V,K)
     f = scale.new_zeros(0)
-    if bags and with_topics:
-        fork = "this model.py sums senses otherwise than EditedBackpack.output in lab/control.py"
-        check(same_sum(model), f"{fork}: topics need the same there")
+    if topics and with_topics:
+        fork = "this model.py does not sum senses as EditedBackpack.output in lab/control.py does"
+        check(same_sum(model), f"{fork}, which topics need: change it there, too")
         peaks = sense_peaks(model, peaks_progress)  # (V,K)
-        w = [topic_weights(model, bag, strength, peaks, tokenizer.end) for strength, bag in bags]
+        w = [topic_weights(model, bag, strength, peaks, tokenizer.end) for strength, bag in topics]
         w = torch.stack(w)  # (m,V,K)
-        f = scale.new_tensor([STRENGTHS[strength][2] for strength, _ in bags])  # (m,)
+        f = scale.new_tensor([STRENGTHS[strength][2] for strength, _ in topics])  # (m,)
     return Edits(row, scale, offset, w, f)
 
 

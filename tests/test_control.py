@@ -204,5 +204,5 @@ def test_a_fork_that_sums_otherwise_is_noticed(monkeypatch):
     monkeypatch.setattr(model_file, "sum_senses", lambda *args: 1.01 * ours(*args))
     assert not same_sum(model)
     make_edits(model, CHARS, parse("scale a 1 0"))  # which is Backpack.forward as it is
-    with pytest.raises(UserError, match="this model.py sums senses otherwise than"):
+    with pytest.raises(UserError, match="this model.py does not sum senses as EditedBackpack.output"):
         make_edits(model, CHARS, parse("topic a 1"))

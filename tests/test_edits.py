@@ -68,14 +68,11 @@ def test_files_of_text(tmp_path):
         ("scale a 4 0", "scale a 4 0: sense is 4, expected 0 to 3"),
         ("scale a 1.5 0", "sense is 1.5, expected the number of a sense"),
         ("replace a all by b 1", "sense is 'all', expected the number of a sense"),
-        ("replace a 0 by b 9", "by_sense is 9, expected 0 to 3"),
-        ("scale a 1 Infinity", "factor is inf, expected a number from 0 to 1e+06"),
         ("scale a 1 x", "factor is 'x', expected a number"),
         ("scale a 1 " + "9" * 5000, "factor is inf, expected a number"),
         ("scale a 1 -1", "factor is -1, expected a number from 0"),
         ("scale a 1 1e5; scale a 1 1e5", "the edits of a make numbers of 1e+10"),
         ("scale ab 1 0", "scale ab 1 0: 'ab' is 2 tokens here, a b: this needs a word of"),
-        ("scale x 1 0", "scale x 1 0: character 'x' is not"),
         ("topic a 5", "strength is 5, expected 1, 2, 3 or 4"),
         ("topic a, 2", "topic a, 2: '' is not a word"),
     ],
@@ -99,18 +96,15 @@ def file_of(**changes):
         ("7", "e.json: found 7, expected a list of edits"),
         ("[7]", "edit 1: found 7, expected an object"),
         ("{}", 'edit 1: expected an "edit" that is one of scale, swap, topic, replace'),
-        ('{"edit": ["scale"]}', 'edit 1: expected an "edit" that is one of'),
         ('[{"edit": "swap", "word": "a"}]', "edit 1: swap lacks 'from'"),
         (file_of(word=1), "edit 1: word is 1, expected text"),
         (file_of(word="\ud800"), r"word is '\ud800', expected text"),
         (file_of(sense=True), "sense is True, expected the number of a sense"),
         (file_of(sense=10**30), "sense is 1000000000000000000000000000000, expected 0 to 3"),
         (file_of(factor=float("nan")), "factor is nan, expected a number"),
-        (file_of(edit="topic", words="a", strength=True), "strength is True, expected 1, 2"),
         (file_of(edit="replace", by_sense=1), "replace lacks 'by'"),
         (file_of(edit="replace", vector=[1, "b"]), "vector is [1, 'b'], expected a list of"),
         (file_of(edit="replace", vector=[1, 2]), "of norm 2.236: found 2 numbers, expected 16"),
-        (file_of(edit="replace", vector=[1e299] * 16), "expected a list of numbers"),
         (file_of(edit="replace", vector=[1] * 16, adds=3), "adds is 3, expected text"),
     ],
 )
@@ -192,16 +186,10 @@ def test_a_file_is_listed_and_changed(run_train, tmp_path, capsys):
     said = capsys.readouterr().out.split("\n")
     assert said == ["nothing is saved without --edits=FILE", listed[0], ""]
     assert [edit["edit"] for edit in read_edits(file)] == ["scale", "swap"]
-
-
-def test_what_does_not_fit_leaves_the_file(run_train, tmp_path):
-    out = run_train("--max_iters=3")
-    file = tmp_path / "my.json"
-    write_text(file, file_of(word="z"))
+    # what does not fit is told before anything is written
     before = file.read_bytes()
-    args = [f"--run={out}", f"--edits={file}", "--device=cpu"]
     for more, message in [
-        ("--remove=7", "remove=7: found 1 edits"),
+        ("--remove=7", "remove=7: found 2 edits"),
         ("--edit=scale z 9 0", "sense is 9, expected 0 to 3"),
         (f"--edits={tmp_path}", "is there, and is not a file to replace"),
         (f"--edits={file}/e.json", "my.json is not a folder"),

@@ -17,17 +17,7 @@ from lab.change import damage, log_p, other_text
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse, read_edits
 from lab.run import open_run
-from lab.teach import (
-    Ending,
-    Lesson,
-    choose,
-    go_back,
-    moved,
-    near_misses,
-    read_examples,
-    subject_of,
-    with_rows,
-)
+from lab.teach import Ending, Lesson, choose, moved, near_misses, read_examples, subject_of, with_rows
 
 # ---- subjects and near misses
 
@@ -42,7 +32,6 @@ COUNTS = Counter(COUNTS)
         ("The New York of Rome", "New York", None),  # never seen, so never in lower case
         ("He was born in Paris,", "Paris", None),  # a pronoun is not a name
         ("he flows the", "flows", None),  # no name: the rarest word
-        ("he xyzzy flows", "xyzzy", None),
         ("The capital of Paris is", "capital of Paris", "capital of Paris"),
         ("?!", "?!", None),
     ],
@@ -161,10 +150,8 @@ def test_other_text_of_a_dataset(run_train, data_dir, tmp_path, capsys):
     assert text.tolist() == [val[i : i + 9].tolist() for i in starts]
     with pytest.raises(UserError, match="are too few for 5000 windows of 8: without --dataset"):
         other_text(r, "tiny", data_dir, 5000)
-    with pytest.raises(UserError, match="no dataset at .*nothing"):
-        other_text(r, "nothing", data_dir, 20)
     r.ckpt["meta"]["tokenizer"] = {"kind": "gpt2"}
-    with pytest.raises(UserError, match=f"tiny has another vocabulary than {path}"):
+    with pytest.raises(UserError, match=f"tiny has another vocabulary than {path}: make one with"):
         other_text(r, "tiny", data_dir, 20)
 
 
@@ -237,10 +224,10 @@ def test_teaching_changes_other_text_by_no_more_than_it_may(run_train, data_dir,
 def test_going_back(limit, want):
     """From 1 toward 0, as far as a KL that is the parameter itself allows; what is nan goes, too."""
     p = torch.ones(1)
-    go_back([p], [torch.zeros(1)], p.item, limit)
+    lab.teach.go_back([p], [torch.zeros(1)], p.item, limit)
     assert p.item() == want
     p.fill_(torch.nan)
-    go_back([p], [torch.zeros(1)], p.item, limit)
+    lab.teach.go_back([p], [torch.zeros(1)], p.item, limit)
     assert p.item() == 0
 
 
@@ -249,9 +236,7 @@ def test_going_back(limit, want):
     [
         ("", "x.jsonl: found no lines, expected"),
         ("{]", "x.jsonl, line 1 is not JSON"),
-        ("[1]", "x.jsonl, example 1: expected an object"),
         ('{"prompt": "a"}', "example 1: found None, expected a prompt, a good end"),
-        ('{"prompt": "a", "good": "z", "bad": 1}', "example 1: found 1, expected"),
         ('{"prompt": "", "good": "z"}', "example 1: found '', expected"),
         ('{"prompt": "a", "good": "z", "keep": "a"}', "example 1: keep is not a list"),
         ('{"prompt": "abc", "good": "z", "subject": "ab"}', "does not have the words of subject"),
