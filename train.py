@@ -253,13 +253,13 @@ def adopt_settings(s, given, ckpt, init, say):
         check(value == ckpt["config"][key], f"{key}={value}, but {init} has {ckpt['config'][key]}")
 
 
-def load_optimizers(optimizers, saved, s):
-    """Load the state of a run's optimizers; what the settings say of them holds, the rest goes on."""
-    before = "with" if len(saved) == 2 else "without"
-    same = len(saved) == len(optimizers)
-    check(same, f"muon_lr={s.muon_lr}, but {s.out_dir} was trained {before} Muon")
-    for optimizer, state in zip(optimizers, saved):
-        keys = {"betas", "weight_decay"}
+def load_optimizers(optimizers, ckpt, out):
+    """Load the states of a run's optimizers; what the settings say of them holds, the rest goes on."""
+    before = ckpt["optimizer_names"]
+    now = [type(optimizer).__name__ for optimizer in optimizers]
+    check(before == now, f"{out} was trained by {' and '.join(before)}, not by {' and '.join(now)}")
+    for optimizer, state in zip(optimizers, ckpt["optimizer"]):
+        keys = {"initial_lr", "betas", "weight_decay"}
         new = [{key: group[key] for key in keys & group.keys()} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, settings in zip(optimizer.param_groups, new):
@@ -433,13 +433,16 @@ def train(argv):
     if world > 1:
         net = DDP(net, gradient_as_bucket_view=True)
     optimizers = make_optimizers(model, s)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # a group may have a rate of its own
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     step = ckpt["step"] if resume else 0
     best = math.inf
     wandb_id = None
     if resume and not s.eval_only:
-        load_optimizers(optimizers, ckpt["optimizer"], s)
+        load_optimizers(optimizers, ckpt, out)
         if ckpt["scaler"]:  # else the run was not in float16 until now
             scaler.load_state_dict(ckpt["scaler"])
         best = ckpt["best"]
@@ -511,6 +514,7 @@ def train(argv):
         ckpt = {
             "model": model.state_dict(),
             "optimizer": [optimizer.state_dict() for optimizer in optimizers],
+            "optimizer_names": [type(optimizer).__name__ for optimizer in optimizers],
             "scaler": scaler.state_dict(),
             "config": asdict(config),
             "settings": vars(s),
@@ -544,11 +548,10 @@ def train(argv):
             if stopping:
                 break
             check(math.isfinite(val_loss), f"step {step}: validation loss {val_loss}; {HINT}")
-            if val_loss < best:
-                best = val_loss
-                if s.save_best:
-                    save("best.pt")
+            best = min(best, val_loss)
             save()
+            if s.save_best and val_loss == best:
+                save("best.pt")
             log(
                 described(val_loss),
                 val_loss=val_loss,
@@ -567,7 +570,7 @@ def train(argv):
         lr = lr_at(s, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * lr / s.learning_rate
+                group["lr"] = group["initial_lr"] * lr / s.learning_rate
 
         # forward and backward; gradients add up over the micro-batches
         share = share_at(s, step, device)

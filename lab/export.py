@@ -48,6 +48,9 @@ def export(s, folder, ckpt, edits, metrics, dtype):
     if s.to == "hf":
         fork = "this model.py sums senses otherwise than EditedBackpack.output in lab/control.py"
         check(same_sum(model), f"{fork}: an export needs the same there")
+        saved = model.state_dict()
+        for name, _ in model.named_buffers():  # transformers would load it as whatever lies in memory
+            check(name in saved, f"the buffer {name} is not saved: register it with persistent=True")
         tensors, described = for_hf(ckpt, make_edits(model, tokenizer, edits), edits, dtype)
     else:
         rows = ckpt["source"].get("rows") or model.config.vocab_size

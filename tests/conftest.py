@@ -52,27 +52,27 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def tiny_argv(data_dir, tmp_path):
     """tiny_argv(*args, out="run"): the command line of a tiny run in tmp_path/out."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    handlers = [signal.getsignal(number) for number in numbers]
 
     def command_line(*args, out="run"):
         where = [f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={tmp_path / out}"]
         return [*TINY, *where, *args]
 
-    return command_line
+    yield command_line
+    for number, handler in zip(numbers, handlers):  # training has set its own
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def run_train(tiny_argv, tmp_path):
     """run_train("--key=value", ...) trains in tmp_path/run, in this process; returns that folder."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-    handlers = [signal.getsignal(number) for number in numbers]
 
     def call(*args, out="run"):
         train.main(tiny_argv(*args, out=out))
         return tmp_path / out
 
-    yield call
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
+    return call
 
 
 def records(folder, key):

@@ -329,10 +329,11 @@ def test_from_checkpoint(tmp_path):
     assert torch.allclose(loaded(idx)[0], model(idx)[0], atol=0.05)
 
 
-@pytest.mark.parametrize("n_bytes", [0, 7, 2000])
+@pytest.mark.parametrize("n_bytes", [0, 7, 2000, None])
 def test_a_damaged_checkpoint_is_one_line(tmp_path, n_bytes):
+    """So is a whole one with an object in it, which would execute code."""
     path = tmp_path / "ckpt.pt"
-    torch.save({"model": torch.ones(999)}, path)
+    torch.save({"model": nn.Linear(30, 30)}, path)
     path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(OSError, match="ckpt.pt is damaged, or no checkpoint of train.py") as error:
         load_checkpoint(tmp_path)

@@ -294,3 +294,19 @@ def test_words_and_the_keyboard(opened, small, small_page):
     view.keyboard.press("Enter")
     view.wait_for_selector("#before button.on >> nth=0")
     assert view.evaluate("document.activeElement.classList.contains('bar')")
+
+
+def test_the_network_of_a_fork_is_not_taken_for_this_one(opened, small, tmp_path):
+    """The engine knows nothing of a scale on alpha: the page stays with what Python computed, and says so."""
+
+    class Fork(type(small.model)):
+        def contextualization(self, idx):
+            return 0.5 * super().contextualization(idx)
+
+    fork = SimpleNamespace(**vars(small))
+    fork.model = Fork(small.base, small.model.edits)
+    path = tmp_path / "page.html"
+    path.write_text(lab.page.make_page(fork, text="A BAD CAB"), encoding="utf-8")
+    view = opened(path)
+    wait_for(view, "ready", "another network")
+    assert view.is_disabled("#text")

@@ -43,6 +43,12 @@ def assert_same_state(folder, other):
         assert records(folder, key) == records(other, key)
 
 
+def append(text, folder):
+    """Write to the log of a run what comes after its checkpoint, so that a resume cuts it off."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(text)
+
+
 def step_of(folder):
     return load_checkpoint(folder)["step"] if (folder / "ckpt.pt").exists() else -1
 
@@ -74,6 +80,7 @@ def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, capsys
         cut = run_train(*args, out="cut")
     assert "stopped by a signal after step 6" in capsys.readouterr().out
     assert step_of(cut) == 6
+    append('{"step": 13, "loss": 99.0}\n', cut)
     train.main([f"--out_dir={cut}", "--init_from=resume"])  # the checkpoint has all other settings
     assert_same_state(whole, cut)
 
@@ -96,6 +103,7 @@ def test_a_signal_during_an_evaluation_saves_at_once(run_train, monkeypatch):
     assert len(evaluated) == 5
     assert step_of(cut) == 8
     assert list(records(cut, "val_loss")) == [0, 4]
+    append('{"step": 9, "lo', cut)
     run_train("--init_from=resume", out="cut")
     assert_same_state(whole, cut)
 
@@ -155,14 +163,25 @@ def test_auto_after_a_kill_before_the_first_checkpoint(run_train, tmp_path, caps
     assert files_in(cut) == files
 
 
-def test_what_was_logged_after_the_checkpoint_is_cut(run_train):
-    constant = "--min_lr=1e-2", "--warmup_iters=0", "--transformer_share=0"
-    whole = run_train(*constant)
-    cut = run_train(*constant, "--max_iters=8", out="cut")
-    with open(cut / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "loss": 99.0}\n{"step": 10, "lo')
-    run_train(*constant, "--init_from=resume", out="cut")
+def test_auto_after_a_kill_between_two_checkpoints(run_train, monkeypatch):
+    """The first evaluation writes ckpt.pt and best.pt."""
+    whole = run_train("--save_best")
+    save_checkpoint = train.save_checkpoint
+    saved = []
+
+    def killed(path, ckpt):
+        if saved:
+            raise KeyboardInterrupt
+        save_checkpoint(path, ckpt)
+        saved.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_train("--save_best", out="cut")
+    cut = run_train("--save_best", "--init_from=auto", out="cut")
     assert_same_state(whole, cut)
+    assert files_in(cut).keys() == files_in(whole).keys()
 
 
 # ---- ranks
@@ -312,8 +331,8 @@ def test_a_run_goes_on_in_another_number_type(run_train):
     [
         (0, "--n_layer=3", "n_layer=3, but .* has 2"),
         (0, "--block_size=4", "block_size=4, but .* has 8"),
-        (0, "--muon_lr=0.02", "was trained without Muon"),
-        (0.02, "--muon_lr=0", "was trained with Muon"),
+        (0, "--muon_lr=0.02", "was trained by AdamW, not by AdamW and Muon"),
+        (0.02, "--muon_lr=0", "was trained by AdamW and Muon, not by AdamW"),
         (0, "--dataset=other", "another tokenizer than .*: prepare it with --tokenizer="),
         (0, "--dataset=nothing", "no dataset at"),
         (0, "--device=cuda:99", "this machine has no such device"),
@@ -324,8 +343,7 @@ def test_a_resume_that_fails_changes_nothing(run_train, data_dir, tmp_path, muon
         texts = [f"{text} Ä" for text in lines(50)]
         make_dataset(data_dir, "other", texts, "--tokenizer=char", "--val_fraction=0.2")
     out = run_train("--max_iters=6", f"--muon_lr={muon_lr}")
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "loss": 1.0}\n')
+    append('{"step": 7, "loss": 99.0}\n', out)
     files = files_in(out)
     with pytest.raises(UserError, match=message):
         run_train("--init_from=resume", "--max_iters=20", arg)

@@ -32,9 +32,9 @@ def tokens_of(data_dir, split):
 
 @pytest.mark.parametrize("n_sense", [0, 4])
 def test_a_run_learns_and_leaves_its_folder(run_train, capsys, n_sense):
-    more = "--save_best", "--max_iters=40", "--eval_interval=10", "--schedule=cosine"
+    more = "--max_iters=40", "--eval_interval=10", "--schedule=cosine"
     out = run_train(*more, f"--n_sense={n_sense}")
-    assert files_in(out).keys() == {"ckpt.pt", "best.pt", "config.json", "metrics.jsonl"}
+    assert files_in(out).keys() == {"ckpt.pt", "config.json", "metrics.jsonl"}
     val_loss = records(out, "val_loss")
     assert list(records(out, "loss")) == list(range(1, 41))
     assert list(val_loss) == [0, 10, 20, 30, 40]
@@ -42,10 +42,19 @@ def test_a_run_learns_and_leaves_its_folder(run_train, capsys, n_sense):
     ckpt = load_checkpoint(out)
     assert ckpt["step"] == 40
     assert any("sense" in name for name in ckpt["model"]) == bool(n_sense)
-    assert load_checkpoint(out / "best.pt")["step"] == min(val_loss, key=val_loss.get)
     assert json.loads((out / "config.json").read_text())["n_sense"] == n_sense
     line = r"step 40/40  loss [\d.]+  lr \S+  norm \S+  [\d,]+ tokens/s  0:00:00 left"
     assert re.search(line, capsys.readouterr().out)
+
+
+def test_the_best_checkpoint_is_kept(run_train):
+    """With a learning rate so high that the last is not the best."""
+    out = run_train("--save_best", "--eval_interval=2", "--learning_rate=0.2", "--warmup_iters=0")
+    val_loss = records(out, "val_loss")
+    best = min(val_loss, key=val_loss.get)
+    assert best < 12
+    assert load_checkpoint(out / "best.pt")["step"] == best
+    assert load_checkpoint(out)["best"] == val_loss[best]
 
 
 def test_one_step_is_adamw_on_the_drawn_windows(run_train, data_dir):
