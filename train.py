@@ -363,6 +363,13 @@ def train(argv):
         found = [n for n in names if (out / n).exists() and (out / n).stat().st_size]
         hint = "--init_from=resume goes on with a run, --overwrite replaces it"
         check(s.overwrite or not found, f"{out} has {' and '.join(found)}: {hint}")
+    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
+    for key in ("batch_size", "learning_rate", "eval_interval", "eval_iters", "log_interval"):
+        check(getattr(s, key) > 0, f"{key}={getattr(s, key)} must be more than 0")
+    for key in ("min_lr", "muon_lr", "weight_decay", "grad_clip"):
+        check(getattr(s, key) >= 0, f"{key}={getattr(s, key)} must not be negative")
+    check(s.min_lr <= s.learning_rate, f"min_lr={s.min_lr} is above learning_rate={s.learning_rate}")
+    check(not s.wandb or find_spec("wandb"), "wandb=True needs the package: pip install wandb")
 
     # ---- data: a step is accum micro-batches of B windows of T tokens on each rank
     train_data, val_data, meta = load_data(Path(s.data_dir) / s.dataset)
@@ -383,17 +390,16 @@ def train(argv):
     B = min(s.batch_size, sequences)
     accum = sequences // B
     check(accum * B == sequences, f"batch_size={B} must divide the {sequences} sequences of a rank")
-    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
-    for key in ("min_lr", "muon_lr", "weight_decay", "grad_clip"):
-        check(getattr(s, key) >= 0, f"{key}={getattr(s, key)} must not be negative")
-    check(s.min_lr <= s.learning_rate, f"min_lr={s.min_lr} is above learning_rate={s.learning_rate}")
-    check(not s.wandb or find_spec("wandb"), "wandb=True needs the package: pip install wandb")
     # windows to evaluate on: disjoint, and the same every time, for any number of ranks
     val_starts = np.arange(0, len(val_data) - 1, T)
     n_windows = s.eval_iters * s.tokens_per_step // T
     if not s.full_val and n_windows < len(val_starts):
         val_starts = val_starts[np.linspace(0, len(val_starts) - 1, n_windows).astype(int)]
-    tokenizer = load_tokenizer(meta["tokenizer"])
+    try:
+        tokenizer = load_tokenizer(meta["tokenizer"])
+    except UserError as error:  # on a node without a network, GPT-2's may not be there
+        print0(f"no bits per byte without the tokenizer: {error}")
+        tokenizer = None
     n_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer)
     # a loss in nats per target, times this, is in bits per byte: comparable whatever the vocabulary
     bits = n_targets / n_bytes / math.log(2) if n_bytes else None

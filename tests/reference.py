@@ -63,9 +63,7 @@ def senses(x, w, n_sense):
     e = w["wte.weight"][x]
     r = layer_norm(e, w, "sense_network.ln_0") + e
     r = r + mlp(layer_norm(r, w, "sense_network.ln_1"), w, "sense_network.mlp")
-    return mlp(layer_norm(r, w, "sense_network.ln_2"), w, "sense_network.mlp_out").split(len(e))[
-        :n_sense
-    ]
+    return mlp(layer_norm(r, w, "sense_network.ln_2"), w, "sense_network.mlp_out").split(len(e))[:n_sense]
 
 
 def logits(ids, w, n_layer, n_head, n_sense, vocab_size):
@@ -81,8 +79,7 @@ def logits(ids, w, n_layer, n_head, n_sense, vocab_size):
             for sense in range(n_sense):
                 q = both[i][sense * width : (sense + 1) * width]
                 keys = [
-                    both[j][(n_sense + sense) * width : (n_sense + sense + 1) * width]
-                    for j in range(i + 1)
+                    both[j][(n_sense + sense) * width : (n_sense + sense + 1) * width] for j in range(i + 1)
                 ]
                 alpha = softmax([float(q @ k) / math.sqrt(width) for k in keys])
                 for j in range(i + 1):

@@ -374,6 +374,18 @@ def test_weights_alone_evaluate_and_finetune_but_do_not_resume(run_train, tmp_pa
     run_train(f"--init_from={tmp_path / 'small'}", out="tuned")
 
 
+def test_a_tokenizer_that_is_not_there_costs_only_the_bits_per_byte(run_train, monkeypatch, capsys):
+    """As on a node without a network, to which only the .bin files of GPT-2's tokens were copied."""
+
+    def missing(spec):
+        raise UserError("pip could not download it")
+
+    monkeypatch.setattr(train, "load_tokenizer", missing)
+    out = run_train("--max_iters=4")
+    assert set(records(out, "bits_per_byte").values()) == {None}
+    assert "no bits per byte without the tokenizer: pip could not download it" in capsys.readouterr().out
+
+
 # ---- mistakes that people make
 
 
@@ -390,6 +402,7 @@ def test_weights_alone_evaluate_and_finetune_but_do_not_resume(run_train, tmp_pa
         ("--warmup_iters=12", "warmup_iters=12 leaves no steps"),
         ("--min_lr=1", "min_lr=1.0 is above learning_rate=0.01"),
         ("--grad_clip=-5", "grad_clip=-5.0 must not be negative"),
+        ("--eval_interval=0", "eval_interval=0 must be more than 0"),
         ("--device=cuda:99", "device='cuda:99': this machine has no such device"),
         ("--dtype=int8", "dtype='int8' in --dtype=int8: expected auto or float32 or"),
         ("--schedule=linaer", "expected linear or cosine"),
