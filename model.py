@@ -92,6 +92,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, cache=None, mask=None):
         B, T, D = x.shape
+        # queries, keys and values of all heads come from one product
         qkv = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,H,T,D/H) each
         if cache is not None:
@@ -172,6 +173,7 @@ def contextualize(q, k, mask=None):
     """
     T = q.size(2)
     S = k.size(2)
+    # dividing q is the same as dividing the scores, of which there are more
     scores = (q / math.sqrt(q.size(3))) @ k.mT  # (B,K,T,S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -183,11 +185,14 @@ def contextualize(q, k, mask=None):
 
 def weigh(alpha, C):
     """o_i = sum_j sum_l alpha[l,i,j] C_jl as one product: alpha (B,K,T,S), C (B,S,K,D) -> o (B,T,D)."""
-    return alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2) @ C.flatten(1, 2)
+    # the sum over keys and the one over senses are a single sum over their S*K pairs
+    alpha = alpha.to(C.dtype).permute(0, 2, 3, 1).flatten(2)  # (B,T,S*K)
+    return alpha @ C.flatten(1, 2)
 
 
 def sum_block(q, k, C, where):
     """The sum of senses for a block of queries q (B,K,t,d): see sum_senses. Returns (B,t,D)."""
+    # C[where], but with the faster backward pass of an embedding
     values = F.embedding(where, C.flatten(1)).unflatten(2, C.shape[1:])  # (B,S,K,D)
     return weigh(contextualize(q, k), values)
 
@@ -283,10 +288,12 @@ class Backpack(nn.Module):
         K = config.n_sense
         # E: input of the Transformer, input of the sense network, and output matrix
         self.wte = nn.Embedding(math.ceil(config.vocab_size / 8) * 8, D)
+        # the Transformer
         self.wpe = nn.Embedding(config.block_size, D)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(D, bias=config.bias)
+        # the senses, and the queries and keys of their weights
         if K:
             self.n_qk = config.n_qk or D // K
             self.sense_network = SenseNetwork(config)
@@ -304,6 +311,7 @@ class Backpack(nn.Module):
                 nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer))
             elif isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
+            # a Projection has a bias, too
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -325,6 +333,7 @@ class Backpack(nn.Module):
             o = sum_senses(q, k, C, where)  # (B,T,D)
         if targets is None:
             return self.logits(o), None
+        # the logits of all positions are never whole
         loss = self.loss(o, targets)
         if transformer_share is not None:
             loss = torch.lerp(loss, self.loss(h, targets), transformer_share)
@@ -374,6 +383,7 @@ class Backpack(nn.Module):
 
     def loss(self, o, targets):
         """Mean cross-entropy in nats of the logits of o (B,T,D); targets (B,T), -100: not counted."""
+        # autocast knows nothing of our own function, so its products get their type here
         if torch.is_autocast_enabled(o.device.type):
             o = o.to(torch.get_autocast_dtype(o.device.type))
         o = o.flatten(0, 1)  # (B*T,D)
@@ -392,6 +402,7 @@ class Backpack(nn.Module):
             C = self.senses(idx) if sense_table is None else sense_table[idx]  # (B,T,K,D)
             k = cache.extend("sense key", k)  # (B,K,S,d)
             C = cache.extend("senses", C, dim=1)  # (B,S,K,D)
+            # only the last position predicts something new
             alpha = contextualize(q[:, :, -1:], k)  # (B,K,1,S)
             o = weigh(alpha, C)  # (B,1,D)
         cache.past += idx.size(1)
@@ -466,6 +477,7 @@ class Backpack(nn.Module):
         """
         ckpt = source if isinstance(source, dict) else load_checkpoint(source)
         model = cls(BackpackConfig(**ckpt["config"] | changes))
+        # into the model's own tensors, in its own type: those of ckpt are pages of a file
         model.load_state_dict(ckpt["model"])
         return model.to(device).eval()
 
@@ -497,6 +509,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_p is not None:
         ordered, order = probs.sort(descending=True)  # (B,V)
         before = ordered.cumsum(-1) - ordered  # what the likelier ones have together
+        # the likeliest stays, however small top_p is
         beyond = (before >= top_p) & (before > 0)
         probs = probs.masked_fill(beyond.scatter(1, order, beyond), 0.0)
     return torch.multinomial(probs, 1, generator=generator)

@@ -104,6 +104,7 @@ def get_batch(tokens, starts, T, device):
     y: the token after each, -100 beyond the end of the text. ids: the distinct tokens of x; where: which
     of these stands at each position.
     """
+    # x and y are one window of T+1 tokens; the last one of a text may reach beyond its end
     at = starts[:, None] + np.arange(T + 1)  # (B,T+1)
     window = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
     x = np.ascontiguousarray(window[:, :-1])
@@ -175,6 +176,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, s):
     """A list of AdamW and, with muon_lr, of Muon for the matrices."""
     matrices, rest = model.param_groups(s.weight_decay)
+    # fused: one kernel for all parameters instead of several for each
     options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": True}
     if not s.muon_lr:
         return [torch.optim.AdamW([matrices, rest], **options)]
@@ -226,6 +228,7 @@ def save_checkpoint(path, ckpt):
 
 def cut_metrics(path, step):
     """Cut off what a run logged after its checkpoint of this step, and the evaluation that comes again."""
+    # truncated in place, as a copy could be half-written
     with open(path, "a+b") as file:
         file.seek(0)
         end = 0
@@ -243,6 +246,7 @@ def adopt_settings(s, given, ckpt, init, say):
     """Settings that were not given become those of a checkpoint: all at resume, else the network's sizes."""
     resume = s.init_from == "resume"
     saved = ckpt["config"] | (ckpt.get("settings", {}) if resume else {})
+    # what a command asks for is not inherited
     for key in saved.keys() & vars(s).keys() - {"init_from", "overwrite", "out_dir", "eval_only"}:
         if key not in given:
             setattr(s, key, saved[key])
@@ -428,6 +432,7 @@ def train(argv):
 
     # ---- model, compiled and wrapped; then the optimizers
     torch.manual_seed(s.seed)
+    # made on the CPU, so that a seed gives the same weights on every device
     model = Backpack(config)
     if ckpt:
         model.load_state_dict(ckpt["model"])
@@ -437,11 +442,13 @@ def train(argv):
         torch._dynamo.config.optimize_ddp = False  # one graph
         net = torch.compile(net)
     if world > 1:
+        # gradients lie where they are exchanged from, and so in memory only once
         net = DDP(net, gradient_as_bucket_view=True)
     optimizers = make_optimizers(model, s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # a group may have a rate of its own
+    # without a scale, small gradients would be 0 in float16
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     step = ckpt["step"] if resume else 0
@@ -573,6 +580,7 @@ def train(argv):
         starts = rng.integers(len(train_data) - T, size=(accum, world, B))
         torch.manual_seed(int(rng.integers(2**62)) + rank)
 
+        # one schedule for all rates
         lr = lr_at(s, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
