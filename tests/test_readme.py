@@ -58,7 +58,7 @@ def test_the_first_blocks_are_the_two_commands():
         "python sample.py",
     ]
     assert first == install + " &&\n  ".join(steps) + "\n"
-    assert second == f"{install}requirements-dev.txt &&\n  python -m pytest -n 2 --dist loadfile\n"
+    assert second == f"{install}requirements-dev.txt &&\n  python -m pytest -n 2 --dist worksteal\n"
 
 
 def test_it_says_how_long_the_two_files_are():
