@@ -419,9 +419,12 @@ def train(argv):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if world > 1:
-        # without a prefix of its own, a restarted group reads addresses of the dead one in the store
+        # without a prefix of its own, a restarted group reads addresses of the dead one in the store;
+        # on several nodes the counts may differ (README says what to set there)
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else ""
         store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = dist.PrefixStore(prefix, store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         patience = datetime.timedelta(hours=1)  # the others wait while rank 0 writes tens of GB
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)

@@ -61,6 +61,10 @@ def test_the_first_blocks_are_the_two_commands():
     assert second == f"{install}requirements-dev.txt &&\n  python -m pytest -n 2 --dist worksteal\n"
 
 
+def test_it_is_short():
+    assert len(README.splitlines()) <= 211
+
+
 def test_it_says_how_long_the_two_files_are():
     for name in ("model.py", "train.py"):
         said = re.search(rf"`{name}` \((\d+)(?: lines)?\)", README)
