@@ -174,6 +174,11 @@ def pick_device(name):
     )
     if device.type == "cuda":
         device = torch.device("cuda", index)
+        try:
+            torch.ones(1, device=device)
+        except RuntimeError as error:  # a driver that is too old, a GPU that this torch has no code for
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{device} can't run this build of torch (README, Limits): {reason}") from None
     return device
 
 
@@ -181,9 +186,12 @@ def pick_dtype(name, device):
     """The torch.dtype of a name; auto: 16 bits on a GPU, bfloat16 if it has that natively, else float32."""
     import torch
 
-    if name == "auto" and device.type == "cuda":
+    if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if native else "float16"
+        gpu = torch.cuda.get_device_name(device)
+        check(native or name != "bfloat16", f"dtype=bfloat16, but {gpu} has none: --dtype=float16")
+        if name == "auto":
+            name = "bfloat16" if native else "float16"
     if name == "auto":
         name = "float32"
     return getattr(torch, name)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -67,6 +68,10 @@ class Cache:
         held.narrow(dim, self.past, new.size(dim)).copy_(new)
         return held.narrow(dim, 0, self.past + new.size(dim))
 
+
+# torch's kinds of attention but cuDNN's, which it prefers on an H100: that one makes a plan for each new
+# number of keys, for 0.1 to 0.5 s (enable_cudnn_sdp(False) would be for all of a process)
+FOR_GENERATION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # -----------------------------------------------------------------------------
 # modules
@@ -240,8 +245,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         if with_grad:
             do = torch.empty_like(o)
             dE = torch.zeros_like(E, dtype=wide)
-        # about 8M logits at once, but products of enough rows; many more could overflow in float16
-        rows = max(512 if o.device.type == "cpu" else 2048, 2**23 // len(E))
+        # about 8M logits at once, but products of enough rows, and for a GPU few of them: compiled, the
+        # dE of all chunks wait to be added; many more rows could overflow in float16
+        rows = max(512 if o.device.type == "cpu" else 4096, 2**23 // len(E))
         rows = min(rows, 8192, len(o))
         # one buffer for all chunks: fresh memory of this size costs a CPU as much as the arithmetic
         buffer = o.new_empty(rows, len(E))
@@ -258,7 +264,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             norm = p.sum(1, keepdim=True)  # (n,1)
             loss += ((top + norm.log() - of_target) * counts).sum()
             if with_grad:
-                p = p.div_(norm).scatter_add_(1, target, -torch.ones_like(norm)).to(o.dtype)
+                # the target's p - 1 is taken before p is rounded: in bfloat16, p = 0.999 is 1
+                of_target = p.gather(1, target) / norm - 1  # (n,1)
+                p = p.div_(norm).to(o.dtype).scatter_(1, target, of_target.to(o.dtype))
                 torch.mul(p @ W, counts, out=do[i : i + rows])
                 dE += p.T @ (x * counts)
         n_targets = (y >= 0).sum().clamp(min=1)
@@ -395,7 +403,8 @@ class Backpack(nn.Module):
 
     def step(self, idx, cache, sense_table=None):
         """Logits (B,V) of the token after idx (B,T), which goes on from what the cache holds."""
-        h = self.hidden(idx, cache)  # (B,T,D)
+        with sdpa_kernel(FOR_GENERATION):
+            h = self.hidden(idx, cache)  # (B,T,D)
         o = h[:, -1:]  # (B,1,D)
         if self.config.n_sense:
             q, k = self.query_key(h)  # (B,K,T,d) each

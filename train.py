@@ -491,6 +491,12 @@ def train(argv):
         total, stopping = all_mean(total, torch.full_like(total, len(stop)))
         return total * world / n_targets, stopping
 
+    def draw(step):
+        """Where the windows of a step begin (accum,world,B), and a seed: a resumed run draws the same."""
+        rng = np.random.default_rng((s.seed, step))
+        starts = rng.integers(len(train_data) - T, size=(accum, world, B))
+        return starts, int(rng.integers(2**62))
+
     def described(val_loss):
         perplexity = math.exp(min(val_loss, 700))  # more would overflow
         text = f"val loss {val_loss:.4f}, perplexity {perplexity:.2f}, {n_targets:,} tokens"
@@ -546,10 +552,11 @@ def train(argv):
             (out / "config.json").write_text(json.dumps(about, indent=1))
 
     # ---- training loop; its last pass only evaluates and saves
+    starts, dropout_seed = draw(step)
+    batch = get_batch(train_data, starts[0, rank], T, device)
     peak = peak_flops(device)
     flops = None  # of a rank in a step
     if peak:
-        batch = get_batch(train_data, np.arange(B), T, device)
         with autocast:
             flops = accum * count_flops(model, *batch, share_at(s, 0, device))
     began = time.time()
@@ -578,11 +585,6 @@ def train(argv):
         if step == s.max_iters:
             break
 
-        # batches and dropout depend on seed and step alone, so a resumed run goes on exactly
-        rng = np.random.default_rng((s.seed, step))
-        starts = rng.integers(len(train_data) - T, size=(accum, world, B))
-        torch.manual_seed(int(rng.integers(2**62)) + rank)
-
         # one schedule for all rates
         lr = lr_at(s, step)
         for optimizer in optimizers:
@@ -592,8 +594,9 @@ def train(argv):
         # forward and backward; gradients add up over the micro-batches
         share = share_at(s, step, device)
         total = torch.zeros((), device=device)
+        torch.manual_seed(dropout_seed + rank)
         for i in range(accum):
-            x, y, distinct = get_batch(train_data, starts[i, rank], T, device)
+            x, y, distinct = batch
             torch._dynamo.mark_dynamic(distinct[0], 0)  # one graph for any number of distinct tokens
             if world > 1:
                 net.require_backward_grad_sync = i == accum - 1  # as DDP's no_sync() does
@@ -601,6 +604,10 @@ def train(argv):
                 _, loss = net(x, y, distinct, share)
             scaler.scale(loss / accum).backward()
             total += loss.detach() / accum
+            # the next micro-batch is made while the GPU is busy with this one
+            if i == accum - 1:
+                starts, dropout_seed = draw(step + 1)
+            batch = get_batch(train_data, starts[(i + 1) % accum, rank], T, device)
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -619,7 +626,8 @@ def train(argv):
             optimizer.zero_grad()
         step += 1
 
-        if device.type == "cuda" and step == first_step + 1:
+        # the optimizers' states are there from the second step on
+        if device.type == "cuda" and step == first_step + 2:
             print0(f"peak memory of a step: {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
         if step % s.log_interval == 0 or step == s.max_iters:
             seconds = (time.time() - t0) / (step - step0)  # of a step

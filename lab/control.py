@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 
-from model import Backpack, contextualize, weigh
+from model import FOR_GENERATION, Backpack, contextualize, weigh
 
 # The scores of all senses of all tokens are split at quantiles, and a topic multiplies the weight of a
 # sense by the factor of its part. Annealing fades that factor as the text takes up the topic; f sets how
@@ -123,7 +124,8 @@ class EditedBackpack(Backpack):
         cache: of the positions before, which this extends; mask (B,1,T,S) and pos (B,T): of
         padding_mask, if texts are padded; sense_table (V,K,D): edited senses to look up.
         """
-        h = self.hidden(idx, cache, mask, pos)  # (B,T,D)
+        with sdpa_kernel(FOR_GENERATION):  # a cache makes the number of keys grow
+            h = self.hidden(idx, cache, mask, pos)  # (B,T,D)
         o = h
         if self.config.n_sense:
             o = weigh(*self.weights_and_senses(idx, h, cache, mask, sense_table))  # (B,T,D)

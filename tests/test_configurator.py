@@ -196,10 +196,26 @@ def test_devices_and_number_types(monkeypatch):
         with pytest.raises(UserError, match=f"device='{name}': .*{message}"):
             pick_device(name)
 
+    # two GPUs that aren't there
+    gpu = torch.device("cuda:0")
+    ones = torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    assert pick_device("auto") == pick_device("cuda") == gpu
     assert pick_device("cuda:1") == torch.device("cuda:1")
     for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
-        assert pick_dtype("auto", torch.device("cuda:0")) == dtype
+        assert pick_dtype("auto", gpu) == dtype
+    with pytest.raises(UserError, match="Tesla T4 has none: --dtype=float16"):
+        pick_dtype("bfloat16", gpu)
+
+    def no_code(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nMore.")
+
+    monkeypatch.setattr(torch, "ones", no_code)
+    with pytest.raises(
+        UserError, match="^cuda:0 can't run this build of torch .*: CUDA error: no kernel"
+    ):
+        pick_device("auto")

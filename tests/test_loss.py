@@ -25,21 +25,21 @@ def test_the_loss_and_all_gradients_of_a_model():
         assert (got - expected).abs().max() < 1e-10
 
 
-def loss_head():
-    """A model of 8,190 tokens, o (16,128,D), y: logits of deviation 3; a fourth of the tokens are targets."""
+def loss_head(B=16):
+    """A model of 8,190 tokens, o (B,128,D), y: logits of deviation 3; a fourth of the tokens are targets."""
     generator = torch.Generator().manual_seed(0)
     model = Backpack(BackpackConfig(128, 8190, n_layer=1, n_head=2, n_embd=64, n_sense=0))
     with torch.no_grad():
         model.wte.weight.normal_(std=3 / math.sqrt(64), generator=generator)
-    o = torch.randn(16, 128, 64, generator=generator)
-    y = torch.randint(8190 // 4, (16, 128), generator=generator)
+    o = torch.randn(B, 128, 64, generator=generator)
+    y = torch.randint(8190 // 4, (B, 128), generator=generator)
     y[3, :50] = -100
     return model, o.requires_grad_(), y
 
 
-def assert_loss_is_exact(device, dtype, backend=None):
+def assert_loss_is_exact(device, dtype, backend=None, B=16):
     """Value and gradients beside float64's; float16 has the loss scale that it trains with."""
-    model, o, y = loss_head()
+    model, o, y = loss_head(B)
     E = model.wte.weight
     logits = F.linear(o.double(), E[:8190].double())
     exact = F.cross_entropy(logits.flatten(0, 1), y.flatten())
@@ -65,7 +65,7 @@ def assert_loss_is_exact(device, dtype, backend=None):
     for value in (evaluated, trained):
         assert value.dtype == torch.float32
         assert abs(value.item() - exact.item()) < 2e-3
-    assert max(kept) < 16 * 128 * 8190  # no logits are kept for backward
+    assert max(kept) < B * 128 * 8190  # no logits are kept for backward
 
     scale = 65536 if dtype == torch.float16 else 1
     grad_o, grad_E = torch.autograd.grad(scale * trained, (o, E))
@@ -88,6 +88,23 @@ def test_several_chunks_in_every_number_type(dtype):
 
 def test_compiled():
     assert_loss_is_exact("cpu", torch.bfloat16, "aot_eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_sure_target_is_not_rounded_away(dtype):
+    """p is 0.999, which bfloat16 rounds to 1, and the gradient of its logit is p - 1."""
+    model = Backpack(BackpackConfig(4, 8, n_layer=1, n_head=1, n_embd=8, n_sense=0))
+    with torch.no_grad():
+        model.wte.weight.copy_(torch.eye(8))
+    o = 8.875 * torch.eye(8)[[3, 3, 5]]
+    o = o[None].requires_grad_()  # (1,3,8)
+    y = torch.tensor([[3, 3, 5]])
+    exact = F.cross_entropy(o.double().flatten(0, 1), y.flatten())
+    (exact_o,) = torch.autograd.grad(exact, o)
+    with torch.autocast("cpu", dtype):
+        loss = model.loss(o, y)
+    (grad_o,) = torch.autograd.grad(2.0**16 * loss, o)
+    assert torch.allclose(grad_o / 2.0**16, exact_o, rtol=0.01, atol=0)
 
 
 def test_an_overflow_in_float16_shows():
