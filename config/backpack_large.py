@@ -3,8 +3,8 @@
 #   python prepare_data.py --dataset=fineweb_edu
 #   torchrun --nproc_per_node=8 train.py config/backpack_large.py
 # hardware: 8 A100-80GB; time and loss: not measured
-# Estimated, not measured: batch_size=32 needs 46 GB of a GPU; a card of 24 GB is too small.
-# At 40% of the peak an H100 trains 79,000 tokens/s, an A100 25,000.
+# On a pretended GPU (lab/notes/cost.md) batch_size=32 needs 47.3 GB, compiled 45.3; too much for 24 GB.
+# By arithmetic an H100 trains 89,000 tokens/s, an A100 31,000. Never run on a real one.
 
 out_dir = "out/backpack_large"
 dataset = "fineweb_edu"

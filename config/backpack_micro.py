@@ -5,8 +5,8 @@
 # validation perplexity on OpenWebText: 31.5 (paper)
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
-# Estimated, not measured: batch_size=64 needs 6 GB of a GPU; also fits 24 GB.
-# At 40% of the peak an H100 trains 1,900,000 tokens/s, an A100 590,000.
+# On a pretended GPU (lab/notes/cost.md) batch_size=64 needs 7.3 GB, compiled 5.3; also fits 24 GB.
+# By arithmetic an H100 trains 1,200,000 tokens/s, an A100 490,000. Never run on a real one.
 
 out_dir = "out/backpack_micro"
 dataset = "openwebtext"

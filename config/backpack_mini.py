@@ -5,8 +5,8 @@
 # validation perplexity on OpenWebText: 23.5 (paper)
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
-# Estimated, not measured: batch_size=64 needs 11 GB of a GPU; also fits 24 GB.
-# At 40% of the peak an H100 trains 790,000 tokens/s, an A100 250,000.
+# On a pretended GPU (lab/notes/cost.md) batch_size=64 needs 12.6 GB, compiled 11.8; also fits 24 GB.
+# By arithmetic an H100 trains 650,000 tokens/s, an A100 240,000. Never run on a real one.
 
 out_dir = "out/backpack_mini"
 dataset = "openwebtext"

@@ -5,8 +5,8 @@
 # validation perplexity on OpenWebText: 20.1 (paper)
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
-# Estimated, not measured: batch_size=64 needs 18 GB of a GPU; a card of 24 GB takes 32 (11 GB).
-# At 40% of the peak an H100 trains 470,000 tokens/s, an A100 150,000.
+# On a pretended GPU (lab/notes/cost.md) batch_size=64 needs 19.2 GB, compiled 17.1; also fits 24 GB.
+# By arithmetic an H100 trains 420,000 tokens/s, an A100 150,000. Never run on a real one.
 
 out_dir = "out/backpack_small"
 dataset = "openwebtext"

@@ -3,8 +3,8 @@
 #   python prepare_data.py --dataset=fineweb_edu
 #   torchrun --nproc_per_node=8 train.py config/backpack_xl.py
 # hardware: 8 H100-80GB; time and loss: not measured
-# Estimated, not measured: batch_size=16 needs 56 GB of a GPU; a card of 24 GB is too small.
-# At 40% of the peak an H100 trains 40,000 tokens/s, an A100 13,000.
+# On a pretended GPU (lab/notes/cost.md) batch_size=16 needs 58.2 GB, compiled 54.0; too much for 24 GB.
+# By arithmetic an H100 trains 47,000 tokens/s, an A100 16,000. Never run on a real one.
 
 out_dir = "out/backpack_xl"
 dataset = "fineweb_edu"

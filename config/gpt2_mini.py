@@ -5,8 +5,8 @@
 # validation perplexity on OpenWebText: 24.5 (paper)
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
-# Estimated, not measured: batch_size=64 needs 9 GB of a GPU; also fits 24 GB.
-# At 40% of the peak an H100 trains 890,000 tokens/s, an A100 280,000.
+# On a pretended GPU (lab/notes/cost.md) batch_size=64 needs 10.6 GB, compiled 10.6; also fits 24 GB.
+# By arithmetic an H100 trains 810,000 tokens/s, an A100 300,000. Never run on a real one.
 
 out_dir = "out/gpt2_mini"
 dataset = "openwebtext"

@@ -5,8 +5,8 @@
 # validation perplexity on OpenWebText: 20.2 (paper)
 # Everything not set here is train.py's default, which is the paper's recipe. The paper trained in
 # fp16; dtype=auto takes bf16 if the GPU supports it.
-# Estimated, not measured: batch_size=64 needs 15 GB of a GPU; also fits 24 GB.
-# At 40% of the peak an H100 trains 510,000 tokens/s, an A100 160,000.
+# On a pretended GPU (lab/notes/cost.md) batch_size=64 needs 16.8 GB, compiled 15.3; also fits 24 GB.
+# By arithmetic an H100 trains 500,000 tokens/s, an A100 180,000. Never run on a real one.
 
 out_dir = "out/gpt2_small"
 dataset = "openwebtext"
