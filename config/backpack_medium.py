@@ -3,7 +3,7 @@
 #   python prepare_data.py --dataset=fineweb_edu
 #   torchrun --nproc_per_node=8 train.py config/backpack_medium.py
 # hardware: 8 A100-80GB; time and loss: not measured
-# On a pretended GPU (lab/notes/cost.md) batch_size=32 needs 25.9 GB, compiled 24.2; 24 GB take 16 (18.3, 16.2).
+# On a pretended GPU (lab/notes/cost.md) batch_size=32 needs 25.9 GB, compiled 24.2; 24 GB take 16.
 # By arithmetic an H100 trains 180,000 tokens/s, an A100 63,000. Never run on a real one.
 
 out_dir = "out/backpack_medium"
