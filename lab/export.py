@@ -52,17 +52,20 @@ def export(s, folder, ckpt, edits, metrics, dtype):
         for name, _ in model.named_buffers():  # transformers would load it as whatever lies in memory
             check(name in saved, f"the buffer {name} is not saved: register it with persistent=True")
         tensors, described = for_hf(ckpt, make_edits(model, tokenizer, edits), edits, dtype)
+        if tokenizer:
+            described |= special_ids(tokenizer)
     else:
         rows = ckpt["source"].get("rows") or model.config.vocab_size
         tensors = to_layout(ckpt["model"], model.config, s.to, rows)
         described = published_config(model.config, s.to, rows)
     write_text(folder / "config.json", json.dumps(described, indent=1))
     write_tensors(folder / "model.safetensors", cast(tensors, dtype))
-    generation = {}
     if tokenizer:
-        generation = write_tokenizer(folder, tokenizer, model.config.block_size)
+        write_tokenizer(folder, tokenizer, model.config.block_size)
     if s.to == "hf":
-        generation["max_length"] = model.config.block_size  # a pipeline's default goes beyond
+        generation = {"max_length": model.config.block_size}  # a pipeline's default goes beyond
+        if tokenizer:
+            generation |= special_ids(tokenizer)
         write_text(folder / "generation_config.json", json.dumps(generation, indent=1))
         write_text(folder / "README.md", card(Path(s.source), ckpt, model, edits, metrics))
         write_code(folder)
@@ -93,12 +96,15 @@ def write_code(folder):
 def for_hf(ckpt, made, edits, dtype):
     """(tensors, config.json) for transformers; made: the Edits of the list edits, or None."""
     tensors = {f"backpack.{name}": tensor for name, tensor in ckpt["model"].items()}
+    vocab_size = ckpt["config"]["vocab_size"]
+    tensors["backpack.wte.weight"] = tensors["backpack.wte.weight"][:vocab_size]  # without padding
     module = "modeling_backpack"
     described = ckpt["config"] | {
         "model_type": "nanobackpack",
         "architectures": ["BackpackForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.BackpackConfig",
+            "AutoModel": f"{module}.BackpackModel",
             "AutoModelForCausalLM": f"{module}.BackpackForCausalLM",
             "AutoModelForSequenceClassification": f"{module}.BackpackForSequenceClassification",
         },
@@ -123,21 +129,29 @@ GPT2_WORDS = {
 }
 
 
+ROLES = ("eos_token", "bos_token", "pad_token")  # of the token that ends a document
+
+
+def special_ids(tokenizer):
+    """What config.json and generation_config.json say of special tokens; characters have none."""
+    if tokenizer.end is None:
+        return {}
+    return {f"{role}_id": tokenizer.end for role in ROLES}
+
+
 def write_tokenizer(folder, tokenizer, block_size):
-    """Write tokenizer.json and tokenizer_config.json; returns the ids of the special tokens."""
-    roles = []
-    if tokenizer.end is not None:
-        roles = ["eos_token", "bos_token", "pad_token"]
-    described = dict.fromkeys(roles, END) | {
+    """Write tokenizer.json and tokenizer_config.json."""
+    described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_max_length": block_size,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if tokenizer.end is not None:
+        described |= dict.fromkeys(ROLES, END)
     write_text(folder / "tokenizer.json", for_transformers(tokenizer))
     write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1))
-    return {f"{role}_id": tokenizer.end for role in roles}
 
 
 def for_transformers(tokenizer):
