@@ -12,6 +12,7 @@ distinct token, and alpha is whole only where texts are padded, packed or cached
 """
 
 from dataclasses import dataclass, fields
+from functools import wraps
 
 import torch
 from torch.nn import functional as F
@@ -42,11 +43,10 @@ class BackpackConfig(PretrainedConfig):
         self.edits = edits
         for f in fields(Sizes):
             setattr(self, f.name, values.pop(f.name, f.default))
-        # transformers 5 has defaults for these in the config of each model
         self.use_cache = values.pop("use_cache", True)
-        for role in ("bos", "eos", "pad"):
-            setattr(self, f"{role}_token_id", values.pop(f"{role}_token_id", None))
-        super().__init__(**{"tie_word_embeddings": True} | values)
+        # transformers 5 leaves these to each model
+        defaults = {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
+        super().__init__(**defaults | {"pad_token_id": None} | values)
 
 
 @dataclass
@@ -165,8 +165,12 @@ class BackpackNetwork(EditedBackpack):
             return past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if not use_cache:
+            return None
+        if self.training and self.gradient_checkpointing:
+            raise ValueError("use_cache: blocks that are computed again would extend the cache again")
         # an empty cache is generate's own, with a layer per Transformer block; ours must grow
-        return BackpackCache() if use_cache else None
+        return BackpackCache()
 
     def mask_and_positions(self, attention_mask, position_ids, cache, e):
         """(mask, pos) for the Transformer of embeddings e (B,T,D); None where it finds them itself."""
@@ -269,6 +273,12 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
         self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)  # E
         self.post_init()
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("cache_position", None)  # transformers 4 gives it, but the cache knows it
+        return inputs
+
     @can_return_tuple
     def forward(
         self,
@@ -285,15 +295,14 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
         output_contextualization=False,
         logits_to_keep=0,
         num_items_in_batch=None,
-        cache_position=None,
     ):
         """input_ids and labels (B,T), labels -100: not counted; attention_mask (B,S), 0 at padding.
 
         S counts what is cached too. inputs_embeds (B,T,D): in place of ids. position_ids (B,T): from
         attention_mask, if not given; without one, rows may hold several texts, each with positions from 0.
         Labels are shifted here. logits_to_keep: of the last so many positions (0: of all), or of those in a
-        tensor. num_items_in_batch: divide the sum of losses by it. cache_position is of transformers 4; the
-        cache knows it. Returns a BackpackOutput. ValueError: the model can't do what is asked.
+        tensor. num_items_in_batch: divide the sum of losses by it. Returns a BackpackOutput. ValueError: the
+        model can't do what is asked.
         """
         output = self.backpack(
             input_ids,
