@@ -26,6 +26,9 @@ from .control import EditedBackpack, Edits, padding_mask
 from .model import Backpack, sum_senses
 from .model import BackpackConfig as Sizes
 
+# what collators send with position_ids where rows hold several texts; they say the same
+PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
 
 class BackpackConfig(PretrainedConfig):
     """The fields of model.py's BackpackConfig; edits: None, or their sizes {"rows": n, "topics": m}."""
@@ -119,8 +122,14 @@ class BackpackNetwork(EditedBackpack):
         output_hidden_states=None,
         output_senses=False,
         output_contextualization=False,
+        **packed,
     ):
         """BackpackOutput without logits; for the arguments see BackpackForCausalLM."""
+        unknown = packed.keys() - PACKED
+        if unknown:
+            raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(unknown))}")
+        if packed and position_ids is None:
+            raise ValueError("texts that are packed need position_ids")
         if output_attentions or self.config.output_attentions:
             raise ValueError("output_attentions: they are never whole; output_contextualization gives alpha")
         if (input_ids is None) == (inputs_embeds is None):
@@ -190,7 +199,7 @@ class BackpackNetwork(EditedBackpack):
             return None, position_ids
         # without a mask, positions that don't go on begin another text in the same row
         if self.has_topics:
-            raise ValueError("position_ids: topics, which are among the edits, can't tell texts in a row apart")
+            raise ValueError("position_ids: edits with topics take one text a row")
         before = position_ids[:, :1] - 1  # (B,1)
         text = (position_ids.diff(prepend=before) != 1).cumsum(1)  # (B,T)
         mask = (text[:, :, None] == text[:, None]).tril()  # (B,T,T)
@@ -295,6 +304,7 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
         output_contextualization=False,
         logits_to_keep=0,
         num_items_in_batch=None,
+        **packed,
     ):
         """input_ids and labels (B,T), labels -100: not counted; attention_mask (B,S), 0 at padding.
 
@@ -315,7 +325,7 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
             output_hidden_states,
             output_senses,
             output_contextualization,
-            return_dict=True,
+            **packed | {"return_dict": True},
         )
         o = output.last_hidden_state
         if not isinstance(logits_to_keep, int):
@@ -345,37 +355,22 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
 class BackpackForSequenceClassification(BackpackPreTrained):
     """A new linear head on the sum of senses o at the last real token of each text."""
 
+    accepts_loss_kwargs = False
+
     def __init__(self, config):
         super().__init__(config)
         self.score = torch.nn.Linear(config.n_embd, config.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, use_cache=False, **arguments):
         """input_ids (B,T), attention_mask (B,T), labels (B,), or (B,num_labels) of several at once.
 
-        Padding may be left or right; without a mask there is none. For the other arguments see
+        Padding may be left or right; without a mask there is none. For other arguments see
         BackpackForCausalLM. Returns a SequenceClassifierOutput with logits (B,num_labels).
         """
-        output = self.backpack(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        arguments |= {"use_cache": use_cache, "return_dict": True}
+        output = self.backpack(input_ids, attention_mask, **arguments)
         o = output.last_hidden_state  # (B,T,D)
         if attention_mask is None:
             attention_mask = o.new_ones(o.shape[:2])
