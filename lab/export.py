@@ -67,7 +67,7 @@ def export(s, folder, ckpt, edits, metrics, dtype):
         if tokenizer:
             generation |= special_ids(tokenizer)
         write_text(folder / "generation_config.json", json.dumps(generation, indent=1))
-        write_text(folder / "README.md", card(Path(s.source), ckpt, model, edits, metrics))
+        write_text(folder / "README.md", card(s, ckpt, model, tokenizer, edits, metrics))
         write_code(folder)
     for edit in edits:
         print(f"with the edit {describe(edit)}")
@@ -246,15 +246,34 @@ HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [backpack]
----
+{license}---
 """
 
-USE = """    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-    inputs = tokenizer("The river", return_tensors="pt")
-    output = model(**inputs, output_senses=True, output_contextualization=True)
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Each token has sense vectors that don't depend on context, `output.senses`; the logits are linear in
+folder = {folder!r}  # a path, or a name on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+output = model(**inputs, output_senses=True, output_contextualization=True)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+"""
+
+# of a model that came without a tokenizer
+USE_IDS = """```python
+import torch
+from transformers import AutoModelForCausalLM
+
+folder = {folder!r}  # a path, or a name on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+input_ids = torch.tensor([[0, 1, 2]])
+output = model(input_ids, output_senses=True, output_contextualization=True)
+```
+"""
+
+ABOUT = """Each token has sense vectors that don't depend on context, `output.senses`; the logits are linear in
 their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
 `AutoModelForSequenceClassification` puts a new head, to be trained, on the sum at a text's last token.
 
@@ -268,8 +287,19 @@ RECIPE += ("muon_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout")
 RECIPE += ("transformer_share", "init_std", "seed")
 
 
-def card(path, ckpt, model, edits, metrics):
+def use(folder, tokenizer):
+    """The lines of Python that load a folder and call the model."""
+    if tokenizer is None:
+        return USE_IDS.format(folder=folder)
+    prompt = "The river"
+    if tokenizer.spec["kind"] == "char":  # others might be unknown
+        prompt = tokenizer.spec["chars"][-6:]
+    return USE.format(folder=folder, prompt=prompt)
+
+
+def card(s, ckpt, model, tokenizer, edits, metrics):
     """The text of README.md, from what a checkpoint and the records of its training say."""
+    path = Path(s.source)
     c = model.config
     source = ckpt["source"]
     meta = ckpt["meta"]
@@ -303,4 +333,6 @@ def card(path, ckpt, model, edits, metrics):
     if edits:
         applied = "; ".join(describe(edit) for edit in edits)
         parts.append(f"**Edits** of its senses, applied here: {applied}.")
-    return HEADER + "\n\n".join([*parts, USE])
+    license = f"license: {s.license}\n" if s.license else ""
+    header = HEADER.format(license=license)
+    return header + "\n\n".join([*parts, use(Path(s.dest).name, tokenizer) + ABOUT])
