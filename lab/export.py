@@ -273,8 +273,8 @@ output = model(input_ids, output_senses=True, output_contextualization=True)
 ```
 """
 
-ABOUT = """Each token has sense vectors that don't depend on context, `output.senses`; the logits are linear in
-their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
+ABOUT = """Each token has sense vectors that don't depend on context, `output.senses`; the logits are
+linear in their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
 `AutoModelForSequenceClassification` puts a new head, to be trained, on the sum at a text's last token.
 
 **Limits**: the model says what its training text made likely, true or not, with the biases of that

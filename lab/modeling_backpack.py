@@ -125,6 +125,34 @@ class BackpackNetwork(EditedBackpack):
         **packed,
     ):
         """BackpackOutput without logits; for the arguments see BackpackForCausalLM."""
+        self.check(input_ids, inputs_embeds, position_ids, output_attentions, packed)
+        e = inputs_embeds
+        if e is None:
+            e = self.wte(input_ids)  # (B,T,D)
+        cache = self.cache_of(past_key_values, use_cache)
+        mask, pos = self.mask_and_positions(attention_mask, position_ids, cache, e)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        h, states = self.hidden_and_states(output_hidden_states, e, cache, mask, pos)
+        C = None
+        alpha = None
+        asked = output_senses or output_contextualization or inputs_embeds is not None or self.has_topics
+        if self.training and not asked and mask is None and cache is None and self.config.n_sense:
+            ids, where = input_ids.unique(return_inverse=True)  # (U,), (B,T)
+            o = self.o(sum_senses(*self.query_key(h), self.senses(ids), where))  # (B,T,D)
+        else:
+            C = self.senses_of(input_ids, e)  # (B,T,K,D)
+            alpha, o = self.whole_sum(input_ids, h, C, cache, mask)
+        return BackpackOutput(
+            last_hidden_state=o,
+            past_key_values=cache,
+            hidden_states=states,
+            senses=C if output_senses else None,
+            contextualization=alpha if output_contextualization else None,
+        )
+
+    def check(self, input_ids, inputs_embeds, position_ids, output_attentions, packed):
+        """TypeError or ValueError: the network can't do what these arguments of forward ask for."""
         unknown = packed.keys() - PACKED
         if unknown:
             raise TypeError(f"forward() got unexpected arguments: {', '.join(sorted(unknown))}")
@@ -136,50 +164,20 @@ class BackpackNetwork(EditedBackpack):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is not None and self.edits is not None:
             raise ValueError("inputs_embeds: this model has edits, which belong to token ids")
-        e = inputs_embeds
-        if e is None:
-            e = self.wte(input_ids)  # (B,T,D)
-        cache = self.cache_of(past_key_values, use_cache)
-        mask, pos = self.mask_and_positions(attention_mask, position_ids, cache, e)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_hidden_states:
-            h, states = self.hidden_and_states(e, cache, mask, pos)
-        else:
-            h = self.transformer(e, cache, mask, pos)  # (B,T,D)
-            states = None
-        C = None
-        alpha = None
-        asked = output_senses or output_contextualization or inputs_embeds is not None or self.has_topics
-        if self.training and not asked and mask is None and cache is None and self.config.n_sense:
-            ids, where = input_ids.unique(return_inverse=True)  # (U,), (B,T)
-            o = self.o(sum_senses(*self.query_key(h), self.senses(ids), where))  # (B,T,D)
-        else:
-            if self.config.n_sense:
-                C = self.senses_of(input_ids, e)  # (B,T,K,D)
-            alpha, o = self.whole_sum(input_ids, h, C, cache, mask)
-        return BackpackOutput(
-            last_hidden_state=o,
-            past_key_values=cache,
-            hidden_states=states,
-            senses=C if output_senses else None,
-            contextualization=alpha if output_contextualization else None,
-        )
 
     def cache_of(self, past_key_values, use_cache):
         """The cache to go on from and to extend, or None. ValueError: it is another model's."""
-        if past_key_values is not None and past_key_values.get_seq_length():
-            if not isinstance(past_key_values, BackpackCache):
-                raise ValueError("past_key_values: expected those that this model returned")
-            return past_key_values
+        # an empty one is generate's own, with a layer per Transformer block; ours must grow
+        is_held = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if is_held and not isinstance(past_key_values, BackpackCache):
+            raise ValueError("past_key_values: expected those that this model returned")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if not use_cache:
+        if not is_held and not use_cache:
             return None
         if self.training and self.gradient_checkpointing:
             raise ValueError("use_cache: blocks that are computed again would extend the cache again")
-        # an empty cache is generate's own, with a layer per Transformer block; ours must grow
-        return BackpackCache()
+        return past_key_values if is_held else BackpackCache()
 
     def mask_and_positions(self, attention_mask, position_ids, cache, e):
         """(mask, pos) for the Transformer of embeddings e (B,T,D); None where it finds them itself."""
@@ -205,8 +203,10 @@ class BackpackNetwork(EditedBackpack):
         mask = (text[:, :, None] == text[:, None]).tril()  # (B,T,T)
         return mask[:, None], position_ids
 
-    def hidden_and_states(self, e, cache, mask, pos):
-        """h (B,T,D), and what each block is given, and h again: n_layer + 1 of (B,T,D)."""
+    def hidden_and_states(self, wanted, e, cache, mask, pos):
+        """h (B,T,D); and, if wanted, what each block is given and h again, n_layer + 1 of (B,T,D)."""
+        if not wanted:
+            return self.transformer(e, cache, mask, pos), None
         given = []
         hooks = []
         for block in self.blocks:
@@ -219,7 +219,9 @@ class BackpackNetwork(EditedBackpack):
         return h, (*given, h)
 
     def senses_of(self, ids, e):
-        """The senses (B,T,K,D) of ids (B,T), or without these of embeddings e (B,T,D)."""
+        """The senses (B,T,K,D) of ids (B,T), or without these of embeddings e (B,T,D); None if n_sense=0."""
+        if not self.config.n_sense:
+            return None
         if self.training and ids is not None:
             distinct, where = ids.unique(return_inverse=True)  # (U,), (B,T)
             return self.senses(distinct)[where]
@@ -269,6 +271,7 @@ class BackpackModel(BackpackPreTrained):
         super().__init__(config)
         self.post_init()
 
+    @wraps(BackpackNetwork.forward)
     def forward(self, *args, **arguments):
         return self.backpack(*args, **arguments)
 
@@ -314,6 +317,8 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
         tensor. num_items_in_batch: divide the sum of losses by it. Returns a BackpackOutput. ValueError: the
         model can't do what is asked.
         """
+        if labels is not None and use_cache is None:
+            use_cache = False  # nothing will be generated
         output = self.backpack(
             input_ids,
             attention_mask,

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT, lines
-from test_layouts import SIZES, random_hf, refused, save_run, source, tensors_of
+from test_layouts import SIZES, imported, random_hf, refused, save_run, source, tensors_of
 from torch.nn import functional as F
 
 import model as model_py
@@ -121,6 +121,18 @@ def test_edits_are_applied_and_come_back(run, ours, edited, tmp_path):
         convert.main([f"--source={edited}", "--to=levanter", f"--dest={tmp_path / 'published'}"])
 
 
+def test_the_matrix_of_the_logits_may_be_saved_twice(ours, exported, tmp_path):
+    """As tools do that know nothing of tied weights; but then it is E."""
+    config = json.loads((exported / "config.json").read_text())
+    tensors = tensors_of(exported)
+    folder = source(tmp_path / "twice", tensors | {"lm_head.weight": torch.ones(300, 24)}, config)
+    refused(tmp_path, folder, "lm_head.weight is not backpack.wte.weight", "--tokenizer=none")
+    source(folder, tensors | {"lm_head.weight": tensors["backpack.wte.weight"]}, config)
+    again = imported(tmp_path, folder, "--tokenizer=none")
+    x = torch.tensor([[5, 9, 1, 7, 7, 2]])
+    assert torch.equal(again(x)[0], ours(x)[0])
+
+
 def trainer(model, texts, folder, max_steps):
     """transformers' Trainer: batches of 4 on the CPU, of which nothing is saved or reported."""
     how = {"use_cpu": True, "report_to": [], "save_strategy": "no", "learning_rate": 1e-2}
@@ -210,6 +222,7 @@ def test_the_network_and_its_arguments(ours, exported, theirs):
     want, _ = ours(x)
     o = theirs.base_model(input_ids=x, attention_mask=torch.ones_like(x)).last_hidden_state
     assert torch.allclose(o @ theirs.get_output_embeddings().weight.T, want, atol=1e-5)
+    assert torch.equal(theirs.base_model(x, return_dict=False)[0], theirs.base_model(x)[0])
     assert theirs.get_output_embeddings().bias is None
     assert torch.allclose(load(exported, transformers.AutoModel)(x).last_hidden_state, o, atol=1e-6)
     states = theirs(x, output_hidden_states=True).hidden_states
