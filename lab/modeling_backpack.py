@@ -7,8 +7,9 @@ model.backpack           the network: its output has last_hidden_state o (B,T,D)
 model.backpack.edits     None, or the edits of senses that lab.convert --edits=FILE put here
 
 Where the model evaluates, tools that intervene find one call each of model.backpack.wte (B,T,D),
-sense_network (B,T,K,D), alpha (B,K,T,S) and o (B,T,D). In training senses are computed once for each
-distinct token, and alpha is whole only where texts are padded, packed or cached.
+sense_network (B,T,K,D), alpha (B,K,T,S) and o (B,T,D); edits with topics call wte a second time. In
+training, senses are computed once for each distinct token, and alpha is whole only where texts are padded,
+packed or cached.
 """
 
 from dataclasses import dataclass, fields

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 
 import pytest
@@ -320,8 +321,9 @@ def test_offloaded_weights_give_the_same_logits(ours, theirs, tmp_path, how):
 
 
 @torch.no_grad()
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="takes 5 s; COMPILE=eager runs it")
 def test_an_export_compiles_whole(theirs):
-    compiled = torch.compile(theirs, fullgraph=True, backend="eager")
+    compiled = torch.compile(theirs, fullgraph=True, backend=os.environ["COMPILE"])
     x = torch.tensor([[5, 9, 1, 7, 7, 2]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     assert torch.allclose(compiled(x, mask).logits, theirs(x, mask).logits, atol=1e-5)
@@ -381,12 +383,19 @@ def test_hooks_find_the_parts(ours, theirs, parts):
             return output / 2
 
         with module.register_forward_hook(halve):
-            found = theirs(X).logits[0]
+            found = theirs(X, use_cache=False).logits[0]
         if name != "wte":  # in which the model is not linear
             assert torch.allclose(found, sum_of_senses(alpha / 2, C) @ E.T, atol=1e-4)
     assert len(calls) == 3
     with theirs.backpack.o.register_forward_hook(lambda module, args, o: 2 * o):
         assert torch.allclose(theirs(X).logits[0], 2 * sum_of_senses(alpha, C) @ E.T, atol=1e-4)
+    # training spares whole weights, and senses of equal tokens
+    shapes = []
+    theirs.train()
+    for module in (theirs.backpack.alpha, theirs.backpack.sense_network):
+        module.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    assert torch.allclose(theirs(X).logits[0], sum_of_senses(alpha, C) @ E.T, atol=1e-4)
+    assert shapes == [(6, *C.shape[1:])]
 
 
 @torch.no_grad()
