@@ -342,12 +342,7 @@ class BackpackForCausalLM(BackpackPreTrained, GenerationMixin):
         loss = None
         if labels is not None:
             # it shifts the labels
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=logits.size(-1),
-                num_items_in_batch=num_items_in_batch,
-            )
+            loss = self.loss_function(logits, labels, logits.size(-1), num_items_in_batch)
         return BackpackOutput(
             loss=loss,
             logits=logits,
