@@ -353,16 +353,20 @@ class Backpack(nn.Module):
         mask (B,1,T,S): True where a query may look; None: causal. pos (B,T): positions, if they don't
         simply go on from the cache.
         """
-        T = idx.size(1)
+        return self.transformer(self.wte(idx), cache, mask, pos)
+
+    def transformer(self, e, cache=None, mask=None, pos=None):
+        """The same from embeddings e (B,T,D)."""
+        T = e.size(1)
         S = T if cache is None else cache.past + T
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens are more than block_size={self.config.block_size}")
+        if pos is None:
+            if S > self.config.block_size:
+                raise ValueError(f"{S} tokens are more than block_size={self.config.block_size}")
+            pos = torch.arange(S - T, S, device=e.device)  # (T,)
         if mask is None and 1 < T < S:
             # scaled_dot_product_attention's own causal mask would align the first query and key
-            mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(S - T)
-        if pos is None:
-            pos = torch.arange(S - T, S, device=idx.device)  # (T,)
-        h = self.drop(self.wte(idx) + self.wpe(pos))  # (B,T,D)
+            mask = torch.ones(T, S, dtype=torch.bool, device=e.device).tril(S - T)
+        h = self.drop(e + self.wpe(pos))  # (B,T,D)
         for block in self.blocks:
             if self.config.grad_checkpoint and self.training:
                 h = checkpoint(block, h, cache, mask, use_reentrant=False)

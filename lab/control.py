@@ -87,6 +87,9 @@ class EditedBackpack(Backpack):
         vars(self).update(vars(model))
         self._modules = dict(model._modules)  # of its own, so that model does not get the edits
         self.edits = edits
+        # whole weights and their sum pass through these, where forward hooks find them
+        self.alpha = nn.Identity()  # (B,K,T,S)
+        self.o = nn.Identity()  # (B,T,D)
 
     @property
     def has_topics(self):
@@ -100,23 +103,26 @@ class EditedBackpack(Backpack):
     # Topics need alpha whole. Backpack never has it whole, nor does it take padding, so the sum is
     # written once more here; same_sum, below, tells whether both say the same.
 
-    def weights_and_senses(self, idx, h, cache=None, mask=None, sense_table=None):
-        """alpha (B,K,T,S), as topics leave it, and C (B,S,K,D), of idx (B,T), h (B,T,D): see output."""
+    def whole_sum(self, idx, h, C, cache=None, mask=None):
+        """alpha (B,K,T,S), as topics leave it, and o (B,T,D), from h (B,T,D) and C (B,T,K,D) of idx (B,T).
+
+        cache: of the positions before, which this extends; mask (B,1,T,S): of padding_mask. With n_sense=0
+        alpha is None and o is h.
+        """
+        if not self.config.n_sense:
+            return None, self.o(h)
         q, k = self.query_key(h)  # (B,K,T,d) each
-        if sense_table is not None:
-            C = sense_table[idx]  # (B,T,K,D)
-        else:
-            distinct, where = idx.unique(return_inverse=True)  # (U,), (B,T)
-            C = self.senses(distinct)[where]  # (B,T,K,D)
         ids = idx
         if cache is not None:
             k = cache.extend("sense key", k)  # (B,K,S,d)
             C = cache.extend("senses", C, dim=1)  # (B,S,K,D)
-            ids = cache.extend("ids", idx, dim=1)  # (B,S)
+            if self.has_topics:
+                ids = cache.extend("ids", idx, dim=1)  # (B,S)
         alpha = contextualize(q, k, mask)  # (B,K,T,S)
         if self.has_topics:
             alpha = self.edits.reweigh(alpha, self.wte(ids), ids, C, mask)
-        return alpha, C
+        alpha = self.alpha(alpha)
+        return alpha, self.o(weigh(alpha, C))
 
     def output(self, idx, cache=None, mask=None, pos=None, sense_table=None):
         """o (B,T,D), which the logits are linear in, of idx (B,T).
@@ -126,9 +132,13 @@ class EditedBackpack(Backpack):
         """
         with sdpa_kernel(FOR_GENERATION):  # a cache makes the number of keys grow
             h = self.hidden(idx, cache, mask, pos)  # (B,T,D)
-        o = h
-        if self.config.n_sense:
-            o = weigh(*self.weights_and_senses(idx, h, cache, mask, sense_table))  # (B,T,D)
+        C = None
+        if sense_table is not None:
+            C = sense_table[idx]  # (B,T,K,D)
+        elif self.config.n_sense:
+            distinct, where = idx.unique(return_inverse=True)  # (U,), (B,T)
+            C = self.senses(distinct)[where]  # (B,T,K,D)
+        _, o = self.whole_sum(idx, h, C, cache, mask)
         if cache is not None:
             cache.past += idx.size(1)
         return o
@@ -147,7 +157,7 @@ class EditedBackpack(Backpack):
         if mask is None and not self.has_topics:
             return super().contextualization(idx)
         h = self.hidden(idx, None, mask, pos)  # (B,T,D)
-        alpha, _ = self.weights_and_senses(idx, h, None, mask)
+        alpha, _ = self.whole_sum(idx, h, self.senses(idx), None, mask)
         return alpha
 
     def step(self, idx, cache, sense_table=None):

@@ -56,6 +56,7 @@ class Settings:
     dtype: Type = "auto"  # keep, float32, float16, bfloat16; auto: keep, but float16 run to run
     trust_pickle: bool = False  # load more than plain tensors, executing what is pickled
     edits: str | None = None  # with --to=hf: a JSON file of edits to apply there (lab/edit.py)
+    license: str = ""  # with --to=hf: what the model card says, such as mit
     overwrite: bool = False  # replace the run or the export that dest has
     seed: int = 1337  # of new senses
 

@@ -194,7 +194,11 @@ def from_hf(tensors):
     state = {}
     dropped = []
     for name, tensor in tensors.items():
-        if name.startswith("backpack.edits."):  # made again from the list of edits
+        if name == "lm_head.weight":  # E again, where a tool saved both
+            tied = torch.equal(tensor, tensors["backpack.wte.weight"])
+            check(tied, f"layout hf: {name} is not backpack.wte.weight, with which a Backpack ties it")
+            dropped.append(name)
+        elif name.startswith("backpack.edits."):  # made again from the list of edits
             dropped.append(name)
         else:
             state[name.removeprefix("backpack.")] = tensor
