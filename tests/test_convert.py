@@ -110,13 +110,13 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         ({"n_head": 5}, (), "n_embd=24 must be divisible by n_head=5"),
         ({"n_head": None}, (), "no tensor shows the number of heads .*: give --n_head"),
         ({"vocab_size": 10**6}, (), "wte.weight has 40 rows, fewer than a vocabulary of 1000000"),
-        ({}, ("--tokenizer=gpt2",), "wte.weight has 40 rows, fewer than a vocabulary of 50257"),
+        ({}, ("--tokenizer=gpt2",), "the tokenizer has 50257 tokens, but wte.weight 40 rows"),
         ({"layout": "what"}, (), "unknown layout 'what'"),
         ({"scale_attn_by_inverse_layer_idx": 1}, (), "inverse_layer_scale=1 of .*: expected bool"),
         ({"activation_function": "relu"}, (), "found 'relu', expected 'gelu_new', as model.py has"),
         ({"edits": {"list": [1]}}, (), "config.json, edits, edit 1: found 1, expected an object"),
         ({}, ("--layout=hf",), "layout hf: backpack.wte.weight is missing"),
-        ({}, ("--n_sense=4",), "n_sense=4 is for gpt2 and lightning-gpt2, found backpack-gpt2"),
+        ({}, ("--n_sense=4",), "n_sense=4 is for gpt2 and lightning-gpt2 and nanogpt, found backpack-gpt2"),
     ],
 )
 def test_settings_that_describe_no_network(tmp_path, changes, args, message):
