@@ -137,6 +137,30 @@ def test_hub_datasets_from_local_files(tmp_path, capsys):
     assert other[2]["vocab_size"] > 300
 
 
+def test_a_revision_is_loaded_and_recorded(tmp_path, monkeypatch):
+    """Also the commit that it was; the Hub is played by a local folder here."""
+    import datasets
+
+    write(tmp_path / "in/a.jsonl", "".join(json.dumps({"body": text}) + "\n" for text in lines(4000)))
+    real = datasets.load_dataset_builder
+    asked = []
+
+    def played(path, subset, revision):
+        asked.append((path, revision))
+        builder = real(str(tmp_path / "in"), subset)
+        builder.config.data_files["train"].origin_metadata = [("owner/name", "3f" * 20)] * 2
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", played)
+    settings = {"tokenizer": "char", "column": "body", "revision": "v1"}
+    _, _, meta = prepare(tmp_path, "openwebtext", **settings)
+    assert asked == [("Skylion007/openwebtext", "v1")]
+    assert meta["source"]["revision"] == "v1"
+    assert meta["loaded"] == ["owner/name at commit " + "3f" * 20]
+    with pytest.raises(UserError, match="was made with revision='v1', not 'v2'"):
+        prepare(tmp_path, "openwebtext", **settings | {"revision": "v2"})
+
+
 def test_a_file_takes_the_place_of_a_hub_dataset(tmp_path):
     texts = lines(400)
     path = write(tmp_path / "w.txt.xz", lzma.compress("\n\n".join(texts).encode()))
@@ -169,6 +193,28 @@ def test_every_document_comes_back_from_every_format(tmp_path, tokenizer):
     again, _, _ = prepare(tmp_path, "again", **settings)
     # which documents are for validation does not depend on their order
     assert sorted(documents(again)) == sorted(documents(train))
+
+
+def test_rows_of_parquet_are_rows_of_jsonl(tmp_path, capsys):
+    """The very same files of ids; --column names the field."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    texts = [*lines(300), None, "two\n\nparts\r\n", f"a{END}b", "", *STRANGE]
+    rows = [{"id": i, "body": text} for i, text in enumerate(texts)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=50)
+    write(tmp_path / "in/t.ndjson", "".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"tokenizer": "bpe", "vocab_size": 400, "column": "body", "val_fraction": 0.1}
+    for name, path in (("a", tmp_path / "t.parquet"), ("b", tmp_path / "in")):
+        prepare(tmp_path, name, input=path, **settings)
+        assert "skipped 1 rows whose text is null" in capsys.readouterr().out
+    for name in ("train.bin", "val.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    message = "t.parquet: can't read the column 'text': .*text"
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path, "c", input=tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="t.parquet: value 1 of the column is '0', expected text"):
+        prepare(tmp_path, "c", input=tmp_path / "t.parquet", column="id")
 
 
 @pytest.mark.parametrize("num_proc", [1, 3])
@@ -372,6 +418,8 @@ def test_bad_files(tmp_path, name, content, message):
         ({"input": "t.txt", "vocab_size": 300}, "vocab_size has no effect on mine with tokenizer=gpt2"),
         ({"input": "t.txt", "dataset": "shakespeare"}, "input has no effect on shakespeare with"),
         ({"documents": "file", "dataset": "openwebtext"}, "documents has no effect on openwebtext"),
+        ({"input": "t.txt", "revision": "v1"}, "revision has no effect on mine"),
+        ({"input": "t.txt", "end_token": "</s>"}, "end_token has no effect on mine with tokenizer=gpt2"),
     ],
 )
 def test_mistakes_in_settings(tmp_path, monkeypatch, settings, message):
