@@ -338,10 +338,9 @@ def given_tokenizer(name, end_token=None):
     elif (path / "train.bin").is_file() or (path / "meta.pkl").is_file():
         spec = nanogpt_meta(path)["tokenizer"]
     elif (path / "ckpt.pt").is_file():
-        import torch  # which nothing else here needs
+        from model import load_checkpoint  # with torch, which nothing else here needs
 
-        loaded = torch.load(path / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
-        spec = loaded.get("meta", {}).get("tokenizer")
+        spec = load_checkpoint(path).get("meta", {}).get("tokenizer")
     elif path.suffix == ".json" or (path / "tokenizer.json").is_file():
         lab = Path(__file__).parent / "lab"
         check(lab.is_dir(), "a tokenizer.json needs the folder lab/ of the repository")

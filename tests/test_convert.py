@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from typing import Tuple  # noqa: UP035
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from test_layouts import CONFIG, SIZES, D, V, imported, random_hf, refused, save
 from configurator import UserError
 from lab import convert, export
 from lab.layouts import to_layout
+from lab.run import open_run
 from model import Backpack, BackpackConfig, load_checkpoint
+from prepare_data import given_tokenizer
 
 # -----------------------------------------------------------------------------
 # what others publish
@@ -47,14 +50,53 @@ def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run")["model"]["wte.weight"].dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_a_program_of_torch_jit_is_not_run(tmp_path):
-    folder = source(tmp_path / "hf", {})
-    program = torch.jit.script(torch.nn.Linear(2, 2))
-    torch.jit.save(program, folder / "pytorch_model.bin")
-    for how in ("--trust_pickle=False", "--trust_pickle=True"):
-        with pytest.raises(UserError, match="is a program of torch.jit, which is not executed"):
-            imported(tmp_path, folder, how)
+class Program(torch.nn.Module):
+    """In TorchScript, it makes a file 16 bytes long when it is loaded."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+        self.x = torch.ones(1)
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[str, bool]):  # noqa: UP006  # TorchScript knows no other
+        self.path = state[0]
+        self.training = state[1]
+        self.x = torch.from_file(self.path, True, 4)
+
+
+def read_by_convert(path, *args):
+    convert.main([f"--source={path}", f"--dest={path.parent / 'run'}", *args])
+
+
+READERS = {  # of weights that may be foreign: the name of a file, and what reads it
+    "a file": ("x.ckpt", read_by_convert),
+    "a pickle that is trusted": ("x.bin", lambda path: read_by_convert(path, "--trust_pickle")),
+    "a folder": ("pytorch_model.bin", lambda path: read_by_convert(path.parent)),
+    "a checkpoint": ("x.pt", read_by_convert),
+    "a folder with a checkpoint": ("ckpt.pt", lambda path: read_by_convert(path.parent)),
+    "a run": ("ckpt.pt", lambda path: open_run(path.parent, "cpu")),
+    "a tokenizer": ("ckpt.pt", lambda path: given_tokenizer(path.parent)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*orch")
+@pytest.mark.parametrize("reader", READERS)
+def test_a_program_of_torch_jit_is_not_run(tmp_path, reader):
+    name, read = READERS[reader]
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    torch.jit.save(torch.jit.script(Program(str(victim))), tmp_path / name)
+    with pytest.raises((UserError, OSError), match="torch.jit|TorchScript"):
+        read(tmp_path / name)
+    assert victim.read_text() == "mine"
+    if reader == "a file":  # is there a danger at all?
+        torch.load(tmp_path / name, weights_only=False)
+        assert victim.stat().st_size == 16
 
 
 @torch.no_grad()
