@@ -14,13 +14,11 @@ The layout of a source is detected from the names of its tensors; every tensor m
 it. Nothing pickled in a source is executed: tensors and plain containers are read, all else is left out.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import pickle
 import reprlib
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -33,7 +31,7 @@ from torch.nn import functional as F
 from configurator import UserError, check, configure, run, typed
 from lab.edits import check_edits
 from lab.export import cast, export
-from lab.files import read_json, write_text
+from lab.files import filling, read_json, write_text
 from lab.layouts import GPT2_ROWS, LAYOUTS, READ_ONLY, WITHOUT_SENSES, detect, infer_config, to_ours
 from lab.tokenizer_json import is_gpt2, read_tokenizer
 from model import Backpack, BackpackConfig, load_checkpoint
@@ -363,17 +361,20 @@ def find_tokenizer(s, path, rows):
 # writing
 
 # what describes a run or an export; of the one that was there before, none of these may stay
-DESCRIPTIONS = {"best.pt", "edits.json", "metrics.jsonl", "generation_config.json"}
-DESCRIPTIONS |= {"tokenizer.json", "tokenizer_config.json"}
+DESCRIPTIONS = ("best.pt", "edits.json", "metrics.jsonl", "generation_config.json")
+DESCRIPTIONS += ("tokenizer.json", "tokenizer_config.json")
 
 
 def check_dest(s):
-    """Raise UserError if dest is the source, or has something and overwrite is off."""
-    source = Path(s.source).resolve()
-    if source.is_file():
-        source = source.parent
+    """Raise UserError if dest is where something is read, or has something and overwrite is off."""
     dest = Path(s.dest)
-    check(dest.resolve() != source, f"dest={dest} is the folder of the source: give another --dest")
+    for key in ("source", "edits", "tokenizer"):
+        if not getattr(s, key):
+            continue
+        folder = Path(getattr(s, key)).resolve()
+        if folder.is_file():
+            folder = folder.parent
+        check(dest.resolve() != folder, f"dest={dest} is the folder of the {key}: give another --dest")
     if not dest.exists():
         return
     found = sorted(path.name for path in dest.iterdir())
@@ -381,21 +382,6 @@ def check_dest(s):
     check(not is_other, f"{dest} has a run: give another --dest")
     hint = "give another --dest, or --overwrite to replace the files that are written there"
     check(s.overwrite or not found, f"{dest} has {', '.join(found[:6])}: {hint}")
-
-
-@contextlib.contextmanager
-def filling(dest):
-    """A new folder; once all files in it are whole, they take their places in dest."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as folder:
-        folder = Path(folder)
-        yield folder
-        dest.mkdir(exist_ok=True)
-        made = sorted(path.name for path in folder.iterdir())
-        for name in made:
-            (folder / name).replace(dest / name)
-        for name in DESCRIPTIONS - set(made):
-            (dest / name).unlink(missing_ok=True)
 
 
 def write_run(folder, ckpt, edits, metrics):
@@ -428,7 +414,7 @@ def main(argv):
         metrics = []
     if dtype == "auto":
         dtype = "keep"
-    with filling(Path(s.dest)) as folder:
+    with filling(Path(s.dest), ("ckpt.pt", "config.json"), DESCRIPTIONS) as folder:
         if s.to == "run":
             ckpt["model"] = cast(ckpt["model"], dtype)
             write_run(folder, ckpt, edits, metrics)

@@ -1,8 +1,10 @@
 """lab.convert: what it reads of others and executes nothing of, and what it writes where."""
 
+import contextlib
 import json
 import math
 import pickle
+from pathlib import Path
 from typing import Tuple  # noqa: UP035
 
 import pytest
@@ -12,6 +14,7 @@ from test_layouts import CONFIG, SIZES, D, V, imported, random_hf, refused, save
 
 from configurator import UserError
 from lab import convert, export
+from lab.files import filling
 from lab.layouts import to_layout
 from lab.run import open_run
 from model import Backpack, BackpackConfig, load_checkpoint
@@ -242,3 +245,72 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
         convert.main([*args, "--overwrite"])
     assert files_in(tmp_path / "hf") == before
     assert {path.name for path in tmp_path.iterdir()} == {"run", "hf"}
+
+
+def test_what_is_read_is_not_replaced(tmp_path):
+    """Neither the source, nor edits or a tokenizer that lie where the result would go."""
+    run = save_run(tmp_path / "run", Backpack(BackpackConfig(**SIZES)))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "edits.json").write_text("[]")
+    (out / "tokenizer.json").write_text("{}")
+    (tmp_path / "link").symlink_to(run)
+    before = files_in(out) | files_in(run)
+    for args, message in (
+        ([f"--dest={tmp_path / 'link'}"], "is the folder of the source"),
+        ([f"--dest={out}", f"--edits={out / 'edits.json'}", "--to=hf"], "is the folder of the edits"),
+        ([f"--dest={out}", f"--tokenizer={out}"], "is the folder of the tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.main([f"--source={run}", "--overwrite", *args])
+    assert files_in(out) | files_in(run) == before
+
+
+def test_a_folder_that_was_half_filled_is_nothing(tmp_path, monkeypatch):
+    """Wherever it stops while files take their places, there is the old, none, or the new."""
+    old = {"main": b"old", "part": b"old", "log": b"old", "notes": b"of the user"}
+    new = {"main": b"new", "part": b"new", "more": b"new"}
+    real = Path.replace
+    found = []
+    for steps in range(4):
+        folder = tmp_path / f"{steps}"
+        folder.mkdir()
+        for name, content in old.items():
+            (folder / name).write_bytes(content)
+        left = [None] * steps
+
+        def replace(path, target, left=left):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return real(path, target)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", replace)
+            with filling(folder, ["main"], ["log"]) as made:
+                for name, content in new.items():
+                    (made / name).write_bytes(content)
+        found.append(files_in(folder))
+    assert [files.get("main") for files in found] == [None, None, None, b"new"]
+    assert found[-1] == new | {"notes": b"of the user"}
+    assert all(files["notes"] == b"of the user" and "log" not in files for files in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+
+
+def test_a_commit_of_the_hub_is_recorded(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    folder = source(tmp_path / ("3f" * 20), random_hf())
+    asked = []
+
+    def download(source, revision, allow_patterns):
+        asked.append((source, revision))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    convert.main(["--source=owner/name", "--revision=v1", f"--dest={tmp_path / 'run'}"])
+    assert set(asked) == {("owner/name", "v1")}
+    for about in (load_checkpoint(tmp_path / "run"), json.loads((tmp_path / "run/config.json").read_text())):
+        assert about["source"]["name"] == "owner/name"
+        assert about["source"]["commit"] == "3f" * 20
+    with pytest.raises(UserError, match="is not of the Hub: --revision has no effect"):
+        convert.main([f"--source={folder}", "--revision=v1", f"--dest={tmp_path / 'other'}"])
