@@ -129,7 +129,7 @@ class LibraryTokenizer:
         try:
             encodings = self.codec.encode_batch(documents, add_special_tokens=False)
         except Exception as error:  # of a character that it lacks; the library has no class of errors
-            raise UserError(f"the tokenizer can't read this text: {error}") from None
+            raise UserError(f"the tokenizer can't read this text: {error!r:.120}") from None
         ids = []
         for encoding in encodings:
             ids += [*encoding.ids, self.end]
@@ -237,8 +237,7 @@ def nanogpt_meta(folder):
                     raise ValueError("its tokens are not characters")
             load_tokenizer(spec)
         except Exception as error:  # a pickle of others may lead to any
-            reason = f"{type(error).__name__}: {str(error)[:100]}"
-            raise UserError(f"{path} is not a vocabulary of nanoGPT: {reason}") from None
+            raise UserError(f"{path} is not a vocabulary of nanoGPT: {error!r:.120}") from None
     return {"dtype": "uint16", "tokenizer": spec, "vocab_size": vocab_size}
 
 

@@ -158,8 +158,8 @@ class Writes:
     [
         (b"", "EOFError"),
         (b"\x80\x04K\x05.", "TypeError"),
-        (pickle.dumps({"itos": {}}), "KeyError: 'vocab_size'"),
-        (pickle.dumps({"vocab_size": 2, "itos": {0: "a"}}), "KeyError: 1"),
+        (pickle.dumps({"itos": {}}), "KeyError\\('vocab_size'"),
+        (pickle.dumps({"vocab_size": 2, "itos": {0: "a"}}), "KeyError.1"),
         (pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "bc"}}), "its tokens are not characters"),
         (pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "a"}}), "its tokens are not characters"),
         (pickle.dumps({"vocab_size": 10**18, "itos": ["a"]}), "IndexError"),

@@ -166,10 +166,20 @@ def test_ours_as_a_file_and_back(kind, tmp_path):
     assert prepare_data.given_tokenizer(str(tmp_path / "tokenizer.json")) == spec
 
 
-def changed(what):
-    """The tokenizer.json of a learned BPE of which something is changed, so that it is not ours."""
+def learned(key=None, value=None):
+    """The tokenizer.json of a learned BPE, parsed; with another value for a key."""
     parsed = learn_bpe(ENGLISH, 300)["model"]
-    if what == "merges":  # the last two tokens come by other pairs, or in another order
+    return parsed | ({key: value} if key else {})
+
+
+# the tokenizers library ends in a panic of Rust
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+def changed(what):
+    """A learned BPE of which something is changed, so that it is not ours."""
+    parsed = learned()
+    if what == "merges":  # in another order
         parsed["model"]["merges"].reverse()
     elif what == "normalizer":
         parsed["normalizer"] = {"type": "Lowercase"}
@@ -206,6 +216,7 @@ def test_what_is_almost_ours_has_its_own_ids(what, tmp_path):
         ('{"model": {"type": "WordLevel", "vocab": {"ab": 0}, "unk_token": "ab"}}', "has no token '<|endof"),
         ('{"model": {"type": "Unigram", "vocab": [], "unk_id": 4}}', "is not a tokenizer.json"),
         ("[" * 100_000, "is not a tokenizer.json"),
+        (json.dumps(learned("normalizer", PANICS)), "is not a tokenizer.json: PanicException"),
     ],
 )
 def test_files_that_are_no_tokenizers(tmp_path, content, message):
