@@ -263,9 +263,11 @@ GPT2_ROWS = (50257, 50264, 50304)  # GPT-2's tokens, and padded to a multiple of
 # n_head of the published sizes (n_layer, n_embd), as no tensor shows it
 HEADS = {(6, 384): 6, (8, 640): 8, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
 
+# whether GELU is exact, by the names of transformers
+GELU = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}
+
 # settings of others that model.py has no choice of
 FIXED = {
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "tie_word_embeddings": True,
@@ -282,6 +284,9 @@ def infer_config(state, described, layout, n_head=None, n_sense=0):
     for key, value in FIXED.items():
         found = described.get(key, value)
         check(found == value, f"{key}: found {found!r}, expected {value!r}, as model.py has")
+    activation = described.get("activation_function", "gelu" if layout == "nanogpt" else "gelu_new")
+    known = ", ".join(GELU)
+    check(activation in list(GELU), f"activation_function: found {activation!r}, expected one of {known}")
     rows, D = state["wte.weight"].shape
     n_layer = sum(name.endswith("attn.qkv.weight") for name in state)
     n_head = n_head or described.get("n_head") or HEADS.get((n_layer, D))
@@ -296,6 +301,7 @@ def infer_config(state, described, layout, n_head=None, n_sense=0):
         "n_sense": n_sense,
         "inverse_layer_scale": scaled,
         "bias": "ln_f.bias" in state,
+        "exact_gelu": GELU[activation],
     }
     if rows in GPT2_ROWS:
         config["vocab_size"] = GPT2_ROWS[0]
@@ -321,5 +327,6 @@ def published_config(config, layout, rows):
         "num_senses": config.n_sense,
         "sense_intermediate_scale": config.sense_out_ratio or config.sense_mlp_ratio,
         "scale_attn_by_inverse_layer_idx": config.inverse_layer_scale,
+        "activation_function": "gelu" if config.exact_gelu else "gelu_new",
         **FIXED,
     }

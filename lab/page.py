@@ -3,8 +3,8 @@ The page of `python -m lab.look --html=FILE`: the model itself, to look into and
 
 It is page.html with data: the weights in half precision, the tokenizer, a finished first example, and the
 guided minute of tour.json, if this model does what that says. A run whose page would have more than LIMIT
-bytes, or whose tokenizer the page can't run, gets a page of tables, report.html: of frequent words and one
-text.
+bytes, or whose tokenizer or GELU the page does not know, gets a page of tables, report.html: of frequent
+words and one text.
 """
 
 import base64
@@ -41,7 +41,8 @@ def make_page(r, words=(), text=""):
     """The HTML that write_page writes."""
     weights = [p.half().cpu().numpy().ravel() for p in r.base.state_dict().values()]
     too_large = sum(w.nbytes for w in weights) > LIMIT  # base64 adds a third, zlib takes less off
-    if too_large or r.tokenizer.spec["kind"] == "library":
+    unknown = r.tokenizer.spec["kind"] == "library" or r.base.config.exact_gelu
+    if too_large or unknown:
         return make_table_page(r, words, text)
     peaks = sense_peaks(r.base, peaks_progress).cpu().numpy()  # (V,K)
     html = read_text(FOLDER / "page.html")

@@ -48,7 +48,7 @@ def their_logits(w, sizes, ids):
     return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
 
 
-def checkpoint(folder, V, bias, std=0.02, prefix=""):
+def checkpoint(folder, V, bias, std=0.1, prefix=""):
     """A ckpt.pt as nanoGPT saves it, of random weights; returns them."""
     torch.manual_seed(0)
     D = SIZES["n_embd"]
