@@ -158,15 +158,12 @@ BPE_SIZE = {"shakespeare": 4096, "simplewiki": 16384}  # of all others 8192
 # -----------------------------------------------------------------------------
 # your own text
 
-TEXT = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")  # what is read from a folder
-NOT_TEXT = {  # what is refused, with what to do about it
-    (".csv", ".tsv", ".json", ".ipynb", ".xlsx", ".arrow", ".feather", ".orc", ".avro", ".sqlite", ".db"): (
-        'write it as .jsonl, {"text": ...} on each line, or as .parquet'
-    ),
-    (".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".pdf", ".html", ".htm", ".xhtml", ".xml"): (
-        "save it as plain text (.txt)"
-    ),
-    (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".bz2", ".lz4", ".warc", ".wet"): "unpack it",
+ROWS = (".jsonl", ".ndjson", ".parquet")  # each row is a document
+TEXT = (".txt", ".text", ".md", *ROWS)  # what is read from a folder
+NOT_TEXT = {  # what is refused, with what to do about it; other files must be text in UTF-8
+    (".csv", ".tsv", ".json", ".ipynb", ".arrow", ".orc", ".avro"): "write it as .jsonl or .parquet",
+    (".docx", ".odt", ".rtf", ".epub", ".pdf", ".html", ".htm", ".xml"): "save it as plain text (.txt)",
+    (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".bz2", ".warc", ".wet"): "unpack it",
 }
 
 
@@ -222,17 +219,14 @@ def suffix(path):
 
 def read_documents(path, separator, column="text"):
     """The documents of a file, without line breaks around them; see Settings for separator and column."""
-    kind = suffix(path)
-    if kind == ".parquet":
-        text = END.join(texts_of(parse_parquet(path, column), path))
-    elif kind in (".jsonl", ".ndjson"):
-        text = END.join(texts_of(parse_jsonl(read_text(path), column, path), path))
-    elif separator == "blank_line":
-        text = read_text(path).replace("\n\n", END)
-    elif separator == "file":
-        text = read_text(path)
+    if suffix(path) in ROWS:
+        text = END.join(read_rows(path, column))
     else:
-        text = re.sub(separator, END, read_text(path), flags=re.M)
+        text = read_text(path)
+        if separator == "blank_line":
+            text = text.replace("\n\n", END)
+        elif separator != "file":
+            text = re.sub(separator, END, text, flags=re.M)
     documents = [document.strip("\n") for document in text.split(END)]
     return [document for document in documents if document]
 
@@ -256,38 +250,27 @@ def read_text(path):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_parquet(path, column):
-    """The values of a column of a .parquet file."""
-    parquet = require("pyarrow.parquet", str(path))
+def read_rows(path, column):
+    """The texts in a column of a .parquet or .jsonl; says how many are null, and leaves them out."""
+    texts = []
     try:
-        return parquet.read_table(path, columns=[column])[column].to_pylist()
-    except Exception as error:  # pyarrow's have no common class
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-        raise UserError(f"{path}: can't read the column {column!r}: {reason}") from None
-
-
-def parse_jsonl(text, column, path):
-    """The values of a field on the lines of a .jsonl."""
-    values = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                values.append(json.loads(line)[column])
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise UserError(f'{path}, line {number}: expected {{"{column}": "..."}}') from None
-    return values
-
-
-def texts_of(values, path):
-    """The values that are not null, which are texts; says how many are null."""
-    for number, value in enumerate(values, 1):
-        is_text = value is None or isinstance(value, str)
-        check(is_text, f"{path}: value {number} of the column is {str(value)[:40]!r}, expected text")
-    n_null = values.count(None)
-    if n_null:
-        print(f"{path}: skipped {n_null:,} rows whose text is null")
+        if suffix(path) == ".parquet":
+            parquet = require("pyarrow.parquet", str(path))
+            rows = parquet.read_table(path, columns=[column]).to_pylist()
+        else:
+            rows = map(json.loads, filter(str.strip, read_text(path).split("\n")))
+        for row in rows:
+            text = row[column]
+            if not isinstance(text, str | None):
+                raise TypeError("this is no text")
+            texts.append(text)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        expected = f'expected {{"{column}": "..."}}'
+        raise UserError(f"{path}, row {len(texts) + 1}: {expected} ({error!r:.100})") from None
+    if None in texts:
+        print(f"{path}: skipped {texts.count(None):,} rows whose text is null")
     # half a surrogate pair, as crawlers leave it, is no character
-    return [re.sub("[\ud800-\udfff]", UNKNOWN, text) for text in values if text is not None]
+    return [re.sub("[\ud800-\udfff]", UNKNOWN, text) for text in texts if text is not None]
 
 
 def split_each(documents, fraction):

@@ -63,8 +63,10 @@ def word_forms(tokenizer, word):
 
 def token_string(tokenizer, id):
     """The text of a token where it goes on a text, so with the space before a word."""
-    before = [] if tokenizer.end is None else [tokenizer.end]
-    return tokenizer.decode([*before, id])[len(tokenizer.decode(before)) :]
+    if tokenizer.end is None:
+        return tokenizer.decode([id])
+    before = tokenizer.decode([tokenizer.end])
+    return tokenizer.decode([tokenizer.end, id]).removeprefix(before)
 
 
 def token_text(tokenizer, id):

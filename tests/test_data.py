@@ -210,10 +210,10 @@ def test_rows_of_parquet_are_rows_of_jsonl(tmp_path, capsys):
         assert "skipped 1 rows whose text is null" in capsys.readouterr().out
     for name in ("train.bin", "val.bin"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    message = "t.parquet: can't read the column 'text': .*text"
+    message = "t.parquet, row 1: expected .*text.*ArrowInvalid"
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, "c", input=tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="t.parquet: value 1 of the column is '0', expected text"):
+    with pytest.raises(UserError, match="t.parquet, row 1: expected .*id.*no text"):
         prepare(tmp_path, "c", input=tmp_path / "t.parquet", column="id")
 
 
@@ -372,7 +372,7 @@ def test_what_is_taken_from_a_folder(tmp_path, capsys):
     "name, content, message",
     [
         ("t.csv", "a,b", "t.csv is not plain text: write it as .jsonl"),
-        ("t.parquet", "PAR1", "t.parquet: can't read the column 'text': ArrowInvalid"),
+        ("t.parquet", "PAR1", "t.parquet, row 1: expected"),
         ("t.xml", "<a>", "t.xml is not plain text: save it as plain text"),
         ("t.warc.gz", "", "t.warc.gz is not plain text: unpack it"),
         ("t.JSON.gz", "{}", "t.JSON.gz is not plain text: write it as .jsonl"),
@@ -385,12 +385,12 @@ def test_what_is_taken_from_a_folder(tmp_path, capsys):
         ("t.txt.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "t.txt.gz can't be read"),
         ("t.txt.xz", b"not xz", "t.txt.xz can't be read"),
         ("t.txt.xz", lzma.compress(b"x" * 9999)[:-9], "t.txt.xz can't be read"),
-        ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, line 2: expected"),
-        ("t.jsonl", '{"text": "a"}\n\nnot json\n', "t.jsonl, line 3: expected"),
-        ("t.jsonl", '{"text": 3}', "t.jsonl: value 1 of the column is '3', expected text"),
-        ("t.jsonl", '["text"]', "t.jsonl, line 1: expected"),
-        ("t.jsonl", '"text"', "t.jsonl, line 1: expected"),
-        ("t.jsonl", "[" * 100_000, "t.jsonl, line 1: expected"),
+        ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, row 2: expected"),
+        ("t.jsonl", '{"text": "a"}\n\nnot json\n', "t.jsonl, row 2: expected"),
+        ("t.jsonl", '{"text": 3}', "t.jsonl, row 1: expected"),
+        ("t.jsonl", '["text"]', "t.jsonl, row 1: expected"),
+        ("t.jsonl", '"text"', "t.jsonl, row 1: expected"),
+        ("t.jsonl", "[" * 100_000, "t.jsonl, row 1: expected"),
         ("t.txt", "", "found 0 texts for training and 0 for validation: give more text"),
         ("t.txt", "word", "found 1 texts for training and 0 for validation: give more text"),
     ],
