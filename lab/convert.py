@@ -256,7 +256,7 @@ def read_weights(s):
         check(known, f"{about}: unknown layout {layout!r}")
     state, dropped = to_ours(tensors, layout)
     rows = len(state["wte.weight"])
-    spec = find_tokenizer(s, path, rows)
+    spec = find_tokenizer(s, path, described.get("vocab_size") or rows)
     config = make_config(s, state, described, layout, spec)
     state = fit(state, config, s)
     source = {"name": s.source, "layout": layout, "sha256": sha256}
@@ -273,7 +273,7 @@ def read_weights(s):
     }
     print(f"{layout}: {len(state)} tensors; dropped {len(dropped)} (repeated, masks, edits)")
     print(config)
-    print(f"tokenizer: {spec['kind'] if spec else 'none'}")
+    print(f"tokenizer: {spec['kind'] if spec else 'none; --tokenizer=WHAT gives it one'}")
     return ckpt, edits
 
 
@@ -335,8 +335,8 @@ def fit(state, config, s):
 OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
-def find_tokenizer(s, path, rows):
-    """The spec of the tokenizer of a source with so many rows in E, or None.
+def find_tokenizer(s, path, size):
+    """The spec of the tokenizer of a source whose vocabulary has this size, or is padded to it; or None.
 
     UserError: it is in files that we don't read, so that GPT-2's in its place would be wrong.
     """
@@ -347,7 +347,7 @@ def find_tokenizer(s, path, rows):
     folder = path if path.is_dir() else path.parent
     if (folder / "tokenizer.json").is_file():
         return read_tokenizer(folder, s.end_token)
-    if rows not in GPT2_ROWS:
+    if size not in GPT2_ROWS:
         return None
     found = [folder / name for name in OTHER_VOCABULARIES if (folder / name).is_file()]
     if found:

@@ -303,8 +303,6 @@ def infer_config(state, described, layout, n_head=None, n_sense=0):
         "bias": "ln_f.bias" in state,
         "exact_gelu": GELU[activation],
     }
-    if rows in GPT2_ROWS:
-        config["vocab_size"] = GPT2_ROWS[0]
     if "sense_qk.weight" in state:
         config["n_sense"] = len(state["sense_network.mlp_out.proj.bias"]) // D
         ratio = len(state["sense_network.mlp.fc.bias"]) // D
