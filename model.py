@@ -38,6 +38,7 @@ class BackpackConfig:
     sense_out_ratio: int | None = None  # the same of the second one; None: as the first
     dropout: float = 0.0  # on embeddings, attention, residuals and senses (paper: 0.1)
     bias: bool = True  # in Linear and LayerNorm
+    exact_gelu: bool = False  # as in nanoGPT; else approximated by tanh, as in GPT-2 and the paper
     init_std: float = 0.02  # standard deviation of the initial weights
     inverse_layer_scale: bool = True  # divide the attention scores of block i by i + 1 (paper)
     grad_checkpoint: bool = False  # recompute blocks in backward instead of keeping activations
@@ -111,14 +112,15 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, n_in, n_inner, n_out, bias):
+    def __init__(self, n_in, n_inner, n_out, config):
         super().__init__()
-        self.fc = nn.Linear(n_in, n_inner, bias=bias)
-        self.proj = Projection(n_inner, n_out, bias=bias)
+        self.fc = nn.Linear(n_in, n_inner, bias=config.bias)
+        self.proj = Projection(n_inner, n_out, bias=config.bias)
+        self.approximate = "none" if config.exact_gelu else "tanh"
 
     def forward(self, x):
         x = self.fc(x)
-        x = F.gelu(x, approximate="tanh")
+        x = F.gelu(x, approximate=self.approximate)
         x = self.proj(x)
         return x
 
@@ -132,7 +134,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(D, bias=config.bias)
         self.attn = SelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp = MLP(D, 4 * D, D, config.bias)
+        self.mlp = MLP(D, 4 * D, D, config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, mask=None):
@@ -152,9 +154,9 @@ class SenseNetwork(nn.Module):
         self.n_sense = config.n_sense
         self.ln_0 = nn.LayerNorm(D, bias=config.bias)
         self.ln_1 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp = MLP(D, inner, D, config.bias)
+        self.mlp = MLP(D, inner, D, config)
         self.ln_2 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp_out = MLP(D, inner_out, config.n_sense * D, config.bias)
+        self.mlp_out = MLP(D, inner_out, config.n_sense * D, config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, e):

@@ -9,10 +9,11 @@ import torch
 from configurator import UserError, check
 from lab.control import same_sum
 from lab.edits import describe, make_edits, read_edits
-from lab.files import read_json, read_text, write_text
+from lab.files import read_text, write_text
 from lab.layouts import published_config, to_layout
+from lab.tokenizer_json import for_transformers
 from model import Backpack
-from tokenizer import END, UNKNOWN, byte_characters, load_tokenizer, require
+from tokenizer import END, load_tokenizer, require
 
 HERE = Path(__file__).parent
 
@@ -119,14 +120,7 @@ def for_hf(ckpt, made, edits, dtype):
 
 
 # -----------------------------------------------------------------------------
-# tokenizer.json, both ways
-
-GPT2_WORDS = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
+# the tokenizer
 
 
 ROLES = ("eos_token", "bos_token", "pad_token")  # of the token that ends a document
@@ -149,94 +143,9 @@ def write_tokenizer(folder, tokenizer, block_size):
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.end is not None:
-        described |= dict.fromkeys(ROLES, END)
+        described |= dict.fromkeys(ROLES, tokenizer.spec.get("end", END))
     write_text(folder / "tokenizer.json", for_transformers(tokenizer))
     write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1))
-
-
-def for_transformers(tokenizer):
-    """The text of a tokenizer.json that gives the same ids."""
-    tokenizers = require("tokenizers", "--to=hf")
-    spec = tokenizer.spec
-    if spec["kind"] == "bpe":
-        return json.dumps(spec["model"])
-    if spec["kind"] == "char":
-        ids = {char: i for i, char in enumerate(spec["chars"])}
-        codec = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, UNKNOWN))
-        each = tokenizers.Regex(r"[\s\S]")
-        codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(each, "isolated")
-        codec.decoder = tokenizers.decoders.Fuse()
-        return codec.to_str()
-    character = {byte: char for char, byte in byte_characters().items()}
-    vocab = {}
-    for token, rank in tokenizer.codec._mergeable_ranks.items():
-        vocab["".join(character[byte] for byte in token)] = rank
-    merges = merges_of(vocab)
-    vocab[END] = tokenizer.end
-    codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
-    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = tokenizers.decoders.ByteLevel()
-    codec.add_special_tokens([END])
-    return codec.to_str()
-
-
-def merges_of(vocab):
-    """The pairs that make the tokens of a BPE, {token: rank}, in order.
-
-    A token's own pair is what is left of it when its characters are merged, the lowest rank first.
-    """
-    merges = []
-    for token in sorted(vocab, key=vocab.get):
-        parts = list(token)
-        while len(parts) > 2:
-            ranks = [vocab.get(a + b, vocab[token]) for a, b in zip(parts, parts[1:])]
-            i = ranks.index(min(ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
-
-
-def from_transformers(path, vocab_size):
-    """The inverse: the spec of a tokenizer.json, which may come from anywhere.
-
-    UserError: it is damaged, of another kind than ours, or of another size than the weights.
-    """
-    parsed = read_json(path)
-    hint = "--tokenizer=none imports without it"
-    try:
-        spec = spec_of(parsed)
-        size = load_tokenizer(spec).vocab_size
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise UserError(f"{path} is not a tokenizer that we can read ({reason}); {hint}") from None
-    check(size == vocab_size, f"{path} has {size} tokens, the weights {vocab_size}; {hint}")
-    return spec
-
-
-def spec_of(parsed):
-    """See from_transformers. ValueError, or what Python raises where a part is missing: it is not ours."""
-    ids = parsed["model"]["vocab"]
-    tokens = sorted(ids, key=ids.get)
-    if [ids[token] for token in tokens] != list(range(len(ids))):
-        raise ValueError("its ids are not 0, 1, 2 and so on")
-    kind = parsed["model"]["type"]
-    if kind == "WordLevel":
-        if any(len(token) != 1 for token in tokens):
-            raise ValueError("some of its tokens are not one character")
-        return {"kind": "char", "chars": "".join(tokens)}
-    # the others are read by tiktoken, which has GPT-2's words only, and merges by rank
-    if kind != "BPE" or parsed["pre_tokenizer"] != GPT2_WORDS or parsed["normalizer"]:
-        raise ValueError(f"it is {kind}, and not a BPE with GPT-2's words")
-    given = [m.split(" ") if isinstance(m, str) else m for m in parsed["model"]["merges"]]
-    vocab = {token: id for token, id in ids.items() if token != END}
-    if not vocab.keys() >= byte_characters().keys() >= set("".join(vocab)) or END not in ids:
-        raise ValueError(f"it does not have all bytes and {END}")
-    if merges_of(vocab) != [tuple(pair) for pair in given]:
-        raise ValueError("its merges do not make its tokens")
-    # transformers may add these
-    parsed |= {"post_processor": None, "truncation": None, "padding": None}
-    return {"kind": "bpe", "model": parsed}
 
 
 # -----------------------------------------------------------------------------

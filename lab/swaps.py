@@ -11,7 +11,7 @@ from lab.change import next_p, validation_tokens
 from lab.control import EditedBackpack
 from lab.edits import describe, make_edits, printable
 from lab.senses import attribution, directions
-from lab.words import word_id
+from lab.words import token_string, word_id
 
 
 class Turn(NamedTuple):
@@ -27,7 +27,7 @@ def word_mask(tokenizer, V):
     """(V,): True for tokens that are words of letters, without the most frequent ones."""
     is_word = torch.zeros(V, dtype=torch.bool)
     for i in range(500, V):  # the, of, was, ...: a BPE learns frequent tokens first
-        text = tokenizer.decode([i])
+        text = token_string(tokenizer, i)
         is_word[i] = text[0] == " " and text[1:].isalpha()
     return is_word
 
@@ -61,7 +61,7 @@ def sure_places(r, tokens, is_word, length=24):
 
 def try_swap(r, ids, word, old, new):
     """The Turn that swapping old for new in a word makes after ids (T,); None: it makes none."""
-    names = [r.tokenizer.decode([token]).strip() for token in (word, old, new)]
+    names = [token_string(r.tokenizer, token).strip() for token in (word, old, new)]
     edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2]}
     edited = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, [edit]))
     before = next_p(r.base, ids)  # (V,)

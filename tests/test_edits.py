@@ -211,10 +211,6 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     umask = os.umask(0o022)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    link = tmp_path / "link"
-    link.symlink_to(path)
-    write_text(link, "by the link")
-    assert link.is_symlink()
     with pytest.raises(KeyboardInterrupt):
         with replacing(path) as file:
             file.write(b"half")
@@ -223,7 +219,7 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
         with replacing(path) as file:
             with open("/dev/full", "wb", buffering=0) as full:
                 full.write(b"x")
-    assert path.read_text() == "by the link"
+    assert path.read_text() == "é"
     assert os.listdir(path.parent) == ["page.html"]
 
 
@@ -242,3 +238,26 @@ def test_only_a_file_of_its_kind_is_replaced(tmp_path):
     with pytest.raises(UserError, match="not a file to replace"):
         write_text("/dev/null", "")
     expect_place(tmp_path / "new/page.HTML", (".html",))
+    with pytest.raises(UserError, match="config.json: a file of this name belongs to a run"):
+        expect_place(tmp_path / "config.json", (".json",))
+
+
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    """Neither in the place of a file, nor of the temporary one, whose name nobody can know before."""
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    link = tmp_path / "page.html"
+    link.symlink_to(mine)
+    for write in (lambda: expect_place(link, (".html",)), lambda: write_text(link, "")):
+        with pytest.raises(UserError, match="page.html is a link, and not a file to replace"):
+            write()
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a link"):
+        write_text(link, "")
+    monkeypatch.setattr("secrets.token_hex", lambda n: "known")
+    (tmp_path / ".known.partial").symlink_to(mine)
+    with pytest.raises(UserError, match="could not write .*other.html: File exists"):
+        write_text(tmp_path / "other.html", "")
+    assert mine.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == [".known.partial", "mine.html", "page.html"]

@@ -8,12 +8,12 @@ import re
 import pytest
 import torch
 from conftest import ROOT, lines
-from test_layouts import SIZES, imported, random_hf, refused, save_run, source, tensors_of
+from test_layouts import SIZES, imported, refused, save_run, source, tensors_of
 from torch.nn import functional as F
 
 import model as model_py
 from configurator import UserError
-from lab import convert, export
+from lab import convert
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse, read_edits
 from model import Backpack, BackpackConfig, contextualize, load_checkpoint
@@ -474,48 +474,3 @@ def test_a_fork_with_another_sum_is_not_exported_in_silence(run, tmp_path, monke
     monkeypatch.setattr(model_py, "sum_block", lambda *args: 2 * before(*args))
     with pytest.raises(UserError, match="this model.py sums senses otherwise"):
         convert.main([f"--source={run}", "--to=hf", f"--dest={tmp_path / 'hf'}"])
-
-
-# -----------------------------------------------------------------------------
-# tokenizers
-
-
-@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
-def test_a_tokenizer_for_transformers_gives_the_same_ids(kind):
-    from tokenizers import Tokenizer
-
-    texts = lines(60)
-    spec = {"kind": "gpt2"}
-    if kind == "char":
-        spec = {"kind": "char", "chars": "".join(sorted(set("".join(texts))))}
-    if kind == "bpe":
-        spec = learn_bpe(texts, 400)
-    if kind != "char":
-        texts.append("It's 2,000 naïve 漢字 🙂\n\n  x\t ")
-    own = load_tokenizer(spec)
-    found = Tokenizer.from_str(export.for_transformers(own))
-    for text in texts:
-        ids = found.encode(text).ids
-        assert ids == own.encode(text).tolist()
-        assert found.decode(ids) == text
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [],
-        {"model": None},
-        {"model": {"type": "Unigram", "vocab": []}},
-        {"model": {"type": "WordLevel", "vocab": {"a": "b"}}},
-        {"model": {"type": "WordLevel", "vocab": {"ab": 0}}},
-        {"model": {"type": "WordLevel", "vocab": {"\ud800": 0}}},
-        "other merges",
-    ],
-)
-def test_tokenizers_that_are_not_ours(tmp_path, content):
-    folder = source(tmp_path / "hf", random_hf())
-    if content == "other merges":
-        content = learn_bpe(["ab ab"], 258)["model"]
-        content["model"]["merges"] = [["a", "c"]]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    refused(tmp_path, folder, "tokenizer.json is not a tokenizer that we can read .*=none imports")

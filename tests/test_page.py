@@ -258,10 +258,27 @@ def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
     for foreign, said in (
         ("{", "is not a file of edits"),
         ('[{"edit": "swap", "word": "A"}]', "lacks its from"),
+        ('[{"edit": "constructor"}]', 'expected an "edit" that is one of scale, swap'),
+        ('[{"edit": "topic", "words": ["A"], "strength": 1}]', 'words is ["A"], expected text'),
+        ('[{"edit": "topic", "words": "A", "strength": "constructor"}]', "expected 1, 2, 3 or 4"),
+        ('[{"edit": "scale", "word": "A", "sense": 1, "factor": 1e999}]', "factor is null, expected"),
+        ('[{"edit": "scale", "word": "A", "sense": "1", "factor": 1}]', 'sense is "1", expected the'),
+        ('[{"edit": "scale", "word": "\\ud800", "sense": 1, "factor": 1}]', "expected text"),
+        ('[{"edit": "scale", "word": "A", "sense": 1, "factor": 999999}]', "too large"),
+        ('[{"edit": "replace", "word": "A", "sense": 1, "vector": ["1"]}]', "expected a list of numbers"),
         ('[{"edit": "scale", "word": "ABC", "sense": 1, "factor": 1}]', "tokens here"),
         ('[{"edit": "replace", "word": "A", "sense": 1, "vector": [1]}]', "expected 16"),
     ):
         again.evaluate(drop, foreign)
+        wait_for(again, "error", said)
+    assert "topic A,B 2" in again.inner_text("#edits")
+    for state, said in (
+        ({"text": "A", "edits": [{"edit": "constructor"}]}, "one of scale"),
+        ({"text": "A", "edits": [{"edit": "swap", "word": "A", "from": {}, "to": "B"}]}, "from is {}"),
+        ({"text": 1, "edits": []}, "it has no text"),
+        ({"text": "A", "edits": [], "targets": ["constructor"]}, "it has no tokens"),
+    ):
+        again.evaluate("state => { location.hash = encodeURIComponent(JSON.stringify(state)); }", state)
         wait_for(again, "error", said)
     assert "topic A,B 2" in again.inner_text("#edits")
 
