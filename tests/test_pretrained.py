@@ -12,7 +12,7 @@ import lab.edit
 import sample
 import train
 from configurator import UserError
-from lab import experiments, swaps
+from lab import experiments, showpieces
 from lab.change import log_p, next_p, other_text
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse, read_edits
@@ -62,12 +62,12 @@ def test_it_has_learned(r):
 
 
 def test_candidates_for_swaps_do_what_they_say(r, folder, monkeypatch, capsys):
-    """What --swaps prints is what the edit, typed from its output, does."""
+    """What --showpieces prints is what the edit, typed from its output, does."""
     ids = []
     for text in ("He was born in Denver, Colorado.", "It is in the United States of America."):
         ids += [*r.tokenizer.encode(text), r.tokenizer.end]
-    monkeypatch.setattr(swaps, "validation_tokens", lambda *_: np.array(ids))
-    experiments.main([f"--run={folder}", "--swaps", "--device=cpu", "--num_samples=4"])
+    monkeypatch.setattr(showpieces, "validation_tokens", lambda *_: np.array(ids))
+    experiments.main([f"--run={folder}", "--showpieces", "--device=cpu", "--num_samples=4"])
     out = capsys.readouterr().out
     found = re.findall(r"\n *(\d+) +(\d+) +(\d+) +(\d+) +(\d+)% +(.*)\n +(swap .*)", out)
     assert any("Denver: Colorado ->" in edit for *_, edit in found)

@@ -1,4 +1,4 @@
-"""Words after which a swap changes the next token, and how far: python -m lab.experiments --swaps."""
+"""Words after which a swap changes the next token, and how far: python -m lab.experiments --showpieces."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from configurator import check
 from lab.change import next_p, validation_tokens
-from lab.control import EditedBackpack
+from lab.control import MARGIN, EditedBackpack
 from lab.edits import describe, make_edits, printable
 from lab.senses import attribution, directions
 from lab.words import word_id
@@ -62,7 +62,7 @@ def sure_places(r, tokens, is_word, length=24):
 def try_swap(r, ids, word, old, new):
     """The Turn that swapping old for new in a word makes after ids (T,); None: it makes none."""
     names = [r.tokenizer.decode([token]).strip() for token in (word, old, new)]
-    edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2]}
+    edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2], "margin": MARGIN}
     edited = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, [edit]))
     before = next_p(r.base, ids)  # (V,)
     after = next_p(edited, ids)  # (V,)
@@ -88,9 +88,9 @@ def share_with(r, turn, s):
     return is_new.any(1).float().mean().item()
 
 
-def swaps(r, s):
+def showpieces(r, s):
     """Of words that decide the next token, the swaps to tokens like it that go furthest."""
-    check(r.tokenizer.end is not None, "--swaps needs a dataset whose documents end with a token")
+    check(r.tokenizer.end is not None, "--showpieces needs a dataset whose documents end with a token")
     tokens = validation_tokens(r, s.dataset, s.data_dir)
     is_word = word_mask(r.tokenizer, r.base.config.vocab_size).to(r.device)  # (V,)
     E = directions(r.base)  # (V,D)
