@@ -23,7 +23,7 @@ STRENGTHS = {  # quantiles, the factor above each, f
     4: ((0.99,), (12.0,), 0.0),
 }
 
-MARGIN = 3.5  # of a swap, in logits: with it nine of ten take (lab/notes/senses.md)
+MARGIN = 12  # of a swap, in logits: with it nine of ten take (lab/notes/senses.md)
 
 
 class Edits(nn.Module):
@@ -211,26 +211,27 @@ def quiet_inverse(E):
 def exchanged(C, E_from, E_to, margin, inverse):
     """Senses C (K,D) that say of TO what they said of FROM, and of FROM what they said of TO (ours).
 
-    Other words of a text go on speaking for FROM. Therefore the sense that speaks loudest for FROM gets a
-    margin on top, in logits, and the others in proportion. With t = 1 + margin / max_l E_from . C_l, each
-    sense that speaks for FROM, E_from . C_l > 0, becomes the C' with
+    Each sense that speaks for FROM, E_from . C_l > 0, becomes the C' with
 
-        E_to . C'   = max(E_to . C_l, t E_from . C_l)
+        E_to . C'   = max(E_to . C_l, t E_from . C_l)        t = 1 + margin / sum of those E_from . C_l
         E_from . C' = min(E_from . C_l, E_to . C_l)
 
-    that disturbs other logits least: v = C' - C_l has the least v . S v, with inverse (D,D) = S^-1 as of
-    quiet_inverse. So v = S^-1 (a E_from + b E_to), and the two equations give a and b. Other senses stay.
+    As other words of a text go on speaking for FROM, TO gets a margin: together, at weight 1 (as in a text
+    of this token alone), these senses say of TO what they said of FROM, and so many logits more. C' is the
+    vector with these two logits that disturbs the other ones least: v = C' - C_l has the least v . S v, with
+    inverse (D,D) = S^-1 as of quiet_inverse. So v = S^-1 (a E_from + b E_to), and the two equations give a
+    and b. Other senses stay.
     """
     said_from = C @ E_from  # (K,)
     said_to = C @ E_to  # (K,)
-    t = 1 + margin / said_from.max()
+    speaks = said_from > 0
+    t = 1 + margin / said_from[speaks].sum()
     gain_from = (said_to - said_from).clamp(max=0)
     gain_to = (t * said_from - said_to).clamp(min=0)
     gains = torch.stack([gain_from, gain_to], 1)  # (K,2)
     words = torch.stack([E_from, E_to])  # (2,D)
     along = words @ inverse  # (2,D)
     a_and_b = gains @ torch.linalg.pinv(along @ words.T)  # (K,2)
-    speaks = said_from > 0
     return torch.where(speaks[:, None], C + a_and_b @ along, C)
 
 

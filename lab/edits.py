@@ -302,6 +302,7 @@ def make_edits(model, tokenizer, edits, with_topics=True):
     """
     if not edits:
         return None
+    edits = check_edits(edits, "edits")
     check(model.config.n_sense, "a plain Transformer (n_sense=0) has no senses to edit")
     changed = ChangedSenses(model)
     topics = []  # of each its strength, and the first tokens of its words

@@ -46,7 +46,7 @@ def make_page(r, words=(), text=""):
     html = html.replace("/*WEIGHTS*/", packed(np.concatenate(weights)))
     html = html.replace("/*PEAKS*/", packed(peaks))
     inverse = quiet_inverse(r.base.wte.weight[: r.base.config.vocab_size])  # (D,D)
-    html = html.replace("/*INVERSE*/", packed(inverse.cpu().numpy()))
+    html = html.replace("/*INVERSE*/", packed(inverse.cpu().contiguous().numpy()))
     html = with_data(html, page_data(r, words, text))
     if len(html.encode()) > LIMIT:
         return make_table_page(r, words, text)

@@ -21,7 +21,7 @@ from model import contextualize
 
 N_WINDOW = 100  # windows that a swap is judged on
 N_CONTEXT = 20  # other contexts of its word, at most
-N_PLACE = 512  # positions drawn from the windows, as a mean over all takes long
+N_PLACE = 256  # positions drawn from the windows, as a mean over all takes long
 
 
 class Swap(NamedTuple):
@@ -178,10 +178,9 @@ class Seen:
         o = self.o + torch.einsum("nki,ikd->nd", self.a, moved)  # (n,D)
         return self.model.logits(o).log_softmax(-1)
 
-    def kl(self, moved):
-        """The mean KL of its places, in nats; 0 without any."""
-        total = divergence(self.before, self.after(moved)).sum().item()
-        return total / max(1, len(self.y))
+    def kl(self, after):
+        """The mean KL, in nats, to log-probabilities (n,V); 0 without any place."""
+        return divergence(self.before, after).sum().item() / max(1, len(self.y))
 
     def loss(self, log_p):
         """The mean loss of log-probabilities (n,V)."""
@@ -233,6 +232,7 @@ class Judge:
         after = next_p(edited, self.idx)  # (V,)
         same = torch.allclose(self.place.after(moved)[0].exp(), after, atol=1e-3)
         check(same, "this model.py does not sum senses as lab/unchosen.py does: change it there, too")
+        near = self.near.after(moved)  # (n,V)
         turned = self.contexts.after(moved).argmax(-1) == self.swap.new  # (contexts,)
         return Result(
             edit=edit,
@@ -242,17 +242,21 @@ class Judge:
             share=self.share(),
             turned=turned.tolist(),
             stays=all(torch.equal(model(x[None])[0], edited(x[None])[0]) for x in self.without),
-            kl=self.near.kl(moved),
-            kl_random=self.rate * self.random.kl(moved),
+            kl=self.near.kl(near),
+            kl_random=self.rate * self.random.kl(self.random.after(moved)),
             loss_before=self.near.loss(self.near.before),
-            loss_after=self.near.loss(self.near.after(moved)),
+            loss_after=self.near.loss(near),
         )
 
 
 def unchosen(r, s):
     """Print what the paper's swap and ours do for words that nobody chose."""
     check(r.tokenizer.end is not None, "--swaps needs a dataset whose documents end with a token")
-    text = Text(r, validation_tokens(r, s.dataset, s.data_dir))
+    measure(r, s, Text(r, validation_tokens(r, s.dataset, s.data_dir)))
+
+
+def measure(r, s, text):
+    """Draw swaps, judge them, and print the figures of each edit."""
     rng = np.random.default_rng(s.seed)
     swaps = draw_swaps(r, text, s.n_swap, rng)
     check(swaps, "--swaps found no word with a probability of 0.3 or more in the validation text")

@@ -89,7 +89,7 @@ def test_swap_exchanges_what_senses_say_and_disturbs_least():
                 continue
             n_changed += 1
             to = float(E[2] @ C[l])
-            share_of_margin = 2 * said[l] / max(said)
+            share_of_margin = 2 * said[l] / sum(x for x in said if x > 0)
             assert float(E[2] @ now[l]) == pytest.approx(max(to, said[l] + share_of_margin))
             assert float(E[1] @ now[l]) == pytest.approx(min(said[l], to))
             v = now[l] - C[l]
