@@ -18,6 +18,7 @@ from lab.edits import describe, make_edits, printable
 from lab.senses import directions
 from lab.words import word_forms, word_ids
 from model import contextualize
+from train import get_batch
 
 N_WINDOW = 100  # windows that a swap is judged on
 N_CONTEXT = 20  # other contexts of its word, at most
@@ -66,13 +67,9 @@ class Text:
         N = min(most, (len(tokens) - 1) // T)
         check(N > 0, f"{len(tokens):,} validation tokens are fewer than a window of {T}")
         starts = np.linspace(0, len(tokens) - T - 1, N).astype(int)  # (N,)
-        windows = np.stack([tokens[start : start + T + 1] for start in starts]).astype(np.int64)
-        windows = torch.from_numpy(windows).to(r.device)  # (N,T+1)
-        self.x = windows[:, :-1]
-        self.y = windows[:, 1:]
-        h = r.base.wte.weight.new_empty(N, T, r.base.config.n_embd)
-        self.h = h  # of the Transformer, which no swap changes
-        self.o = torch.empty_like(h)
+        self.x, self.y, _ = get_batch(tokens, starts, T, r.device)
+        self.h = r.base.wte.weight.new_empty(N, T, r.base.config.n_embd)  # of the Transformer
+        self.o = torch.empty_like(self.h)
         self.likeliest = torch.empty_like(self.x)
         self.word = torch.empty_like(self.x)
         self.p = self.o.new_empty(N, T)

@@ -85,14 +85,8 @@ def test_every_experiment_runs(folder, tmp_path, capsys):
     (tmp_path / "e.json").write_text(json.dumps([swap] * 12))
     capsys.readouterr()
     args = [f"--run={folder / 'backpack'}", f"--data_dir={folder}", "--device=cpu", "--n_bootstrap=20"]
-    args += [
-        f"--lexical={tmp_path}",
-        "--words",
-        "--swaps",
-        "--n_swap=5",
-        "--showpieces",
-        f"--damage={tmp_path / 'e.json'}",
-    ]
+    args += [f"--lexical={tmp_path}", "--words", f"--damage={tmp_path / 'e.json'}"]
+    args += ["--swaps", "--n_swap=5", "--showpieces"]
     args += ["--topics", "--num_samples=3", "--max_new_tokens=10"]
     args += ["--bias", f"--transformer={folder / 'transformer'}", f"--prompts={tmp_path / 's.json'}"]
     experiments.main(args)

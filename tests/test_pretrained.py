@@ -88,9 +88,7 @@ def test_candidates_for_swaps_do_what_they_say(r, folder, monkeypatch, capsys):
 
 def test_swaps_of_unchosen_words_are_measured_as_the_edited_model_says(r, monkeypatch):
     """Every figure of a few, against the edited model, which reads all of the windows."""
-    text = (
-        "Denver is a city in Colorado, United States. It is the capital of the state. He was born in Texas. "
-    )
+    text = "Denver is a city in Colorado, United States. It is the capital of the state. He was born there. "
     tokens = r.tokenizer.encode(text * 25)
     for name in ("N_PLACE", "N_CONTEXT"):
         monkeypatch.setattr(unchosen, name, 10**6)
