@@ -14,9 +14,9 @@ from tqdm import tqdm
 from configurator import check
 from lab.change import divergence, next_p, validation_tokens
 from lab.control import EditedBackpack
-from lab.edits import describe, make_edits, printable
+from lab.edits import describe, make_edits
 from lab.senses import directions
-from lab.words import word_forms, word_ids
+from lab.words import token_text, word_forms, word_ids
 from model import contextualize
 from train import get_batch
 
@@ -85,10 +85,12 @@ class Text:
         self.o[n] = torch.einsum("kts,skd->td", alpha, C)
         p = model.logits(self.o[n]).softmax(-1)  # (T,V)
         self.p[n], self.likeliest[n] = p.max(-1)
-        said = torch.einsum("skd,td->kts", C, model.wte.weight[self.likeliest[n]])  # (K,T,T)
+        e = model.wte.weight[self.likeliest[n]]  # (T,D)
+        said = torch.einsum("skd,td->kts", C, e)  # (K,T,T)
         parts = (alpha * said).sum(0)  # (T,T)
         future = torch.ones_like(parts).triu(1).bool()
-        self.word[n] = x[parts.masked_fill(future, -torch.inf).argmax(1)]
+        parts = parts.masked_fill(future, -torch.inf)
+        self.word[n] = x[parts.argmax(1)]
 
     def weights(self, model, ids, windows, positions):
         """The weights (n,K,ids) that some positions give to all occurrences of each of the tokens ids."""
@@ -130,7 +132,8 @@ def name(tokenizer, token):
 
 def draw_swaps(r, text, n, rng):
     """n Swaps at places drawn without replacement; fewer if there are no more."""
-    words = [i for i in range(r.base.config.vocab_size) if is_word(r.tokenizer, i)]
+    V = r.base.config.vocab_size
+    words = [i for i in range(V) if is_word(r.tokenizer, i)]
     words = torch.tensor(words, device=r.device)
     E = directions(r.base)  # (V,D)
     fine = (text.p >= 0.3) & torch.isin(text.likeliest, words)  # (N,T)
@@ -142,8 +145,9 @@ def draw_swaps(r, text, n, rng):
         word = text.word[window, position].item()
         old = text.likeliest[window, position].item()
         alike = E[words] @ E[old]  # (words,)
-        near = words[alike.topk(min(21, len(words))).indices].tolist()
-        new = near[rng.integers(1, len(near))]  # the first is old itself
+        nearest = alike.topk(min(21, len(words))).indices
+        nearest = words[nearest[1:]].tolist()  # the first is old itself
+        new = rng.choice(nearest).item()
         if name(r.tokenizer, word):
             swaps.append(Swap(window, position, word, old, new))
         if len(swaps) == n:
@@ -202,23 +206,38 @@ class Judge:
         # elsewhere: where FROM is the likeliest, and the word says most of it
         same = (text.likeliest == swap.old) & torch.isin(text.word, self.tokens)  # (N,T)
         same[swap.window, swap.position] = False
-        self.contexts = Seen(r, text, self.ids, some(same.nonzero().tolist(), N_CONTEXT, rng))
+        places = same.nonzero().tolist()
+        self.contexts = Seen(r, text, self.ids, some(places, N_CONTEXT, rng))
+        # where other text can change: at the word and after it
         has_word = torch.isin(text.x, self.tokens).any(1)  # (N,)
-        windows = some(has_word.nonzero().flatten().tolist(), N_WINDOW, rng)
-        self.near = Seen(r, text, self.ids, some(text.after(self.tokens, windows), N_PLACE, rng))
-        of_random = text.after(self.tokens, random_windows)
-        # the share of random windows that can change at all
-        self.rate = len(of_random) / (len(random_windows) * text.x.size(1))
-        self.random = Seen(r, text, self.ids, some(of_random, N_PLACE, rng))
-        without = some((~has_word).nonzero().flatten().tolist(), 1, rng)
-        self.without = text.x[without]  # (1,T); (0,T) if the word is in all windows
+        windows = has_word.nonzero().flatten().tolist()
+        windows = some(windows, N_WINDOW, rng)
+        places = text.after(self.tokens, windows)
+        self.near = Seen(r, text, self.ids, some(places, N_PLACE, rng))
+        places = text.after(self.tokens, random_windows)
+        self.random = Seen(r, text, self.ids, some(places, N_PLACE, rng))
+        n_random = len(random_windows) * text.x.size(1)
+        self.rate = len(places) / n_random  # at all other positions nothing changes
+        # a window where nothing may change; none if the word is in all of them
+        windows = (~has_word).nonzero().flatten().tolist()
+        self.without = text.x[some(windows, 1, rng)]  # (1,T) or (0,T)
 
     def share(self):
         """The part of the word in the logit of FROM."""
-        said = self.r.base.senses(self.tokens) @ self.r.base.wte.weight[self.swap.old]  # (ids,K)
-        said = torch.einsum("nki,ik->n", self.place.a, said)
-        logit = self.place.o @ self.r.base.wte.weight[self.swap.old]
-        return (said / logit).item()
+        e = self.r.base.wte.weight[self.swap.old]  # (D,)
+        said = self.r.base.senses(self.tokens) @ e  # (ids,K)
+        part = torch.einsum("nki,ik->n", self.place.a, said)
+        logit = self.place.o @ e
+        return (part / logit).item()
+
+    def stays(self, edited):
+        """Whether text without the word has the very same logits."""
+        for x in self.without:
+            before, _ = self.r.base(x[None])
+            after, _ = edited(x[None])
+            if not torch.equal(before, after):
+                return False
+        return True
 
     def result(self, edit):
         """What an edit does, as a Result."""
@@ -227,20 +246,24 @@ class Judge:
         moved = edited.senses(self.tokens) - model.senses(self.tokens)  # (ids,K,D)
         before = next_p(model, self.idx)  # (V,)
         after = next_p(edited, self.idx)  # (V,)
-        same = torch.allclose(self.place.after(moved)[0].exp(), after, atol=1e-3)
+        p = self.place.after(moved)[0].exp()  # (V,)
+        same = torch.allclose(p, after, atol=1e-3)
         check(same, "this model.py does not sum senses as lab/unchosen.py does: change it there, too")
         near = self.near.after(moved)  # (n,V)
+        of_random = self.random.after(moved)  # (n,V)
         turned = self.contexts.after(moved).argmax(-1) == self.swap.new  # (contexts,)
+        likeliest = after.argmax().item()
+        halves = after[self.swap.old] <= before[self.swap.old] / 2
         return Result(
             edit=edit,
-            takes=after.argmax().item() == self.swap.new,
-            halves=(after[self.swap.old] <= before[self.swap.old] / 2).item(),
-            likeliest=after.argmax().item(),
+            takes=likeliest == self.swap.new,
+            halves=halves.item(),
+            likeliest=likeliest,
             share=self.share(),
             turned=turned.tolist(),
-            stays=all(torch.equal(model(x[None])[0], edited(x[None])[0]) for x in self.without),
+            stays=self.stays(edited),
             kl=self.near.kl(near),
-            kl_random=self.rate * self.random.kl(self.random.after(moved)),
+            kl_random=self.rate * self.random.kl(of_random),
             loss_before=self.near.loss(self.near.before),
             loss_after=self.near.loss(near),
         )
@@ -302,18 +325,18 @@ def show(title, rows):
 
 def show_failures(r, swaps, rows, most=5):
     """Where TO is not the likeliest, sorted by why, with some examples."""
-    reasons = {"FROM stays the likeliest": [], "a third token is the likeliest": []}
+    stay = []
+    third = []
     for swap, row in zip(swaps, rows):
-        if row.takes:
-            continue
-        stays = row.likeliest == swap.old
-        reason = "FROM stays the likeliest" if stays else "a third token is the likeliest"
-        reasons[reason].append(row)
-    for reason, failures in reasons.items():
+        if row.likeliest == swap.old:
+            stay.append(row)
+        elif not row.takes:
+            third.append(row)
+    for reason, failures in [("FROM stays the likeliest", stay), ("a third token is the likeliest", third)]:
         if not failures:
             continue
         share = np.mean([row.share for row in failures])
         print(f"{reason}: {len(failures)}; the word had {share:.0%} of the logit of FROM")
         for row in failures[:most]:
-            third = printable(repr(r.tokenizer.decode([row.likeliest])))
-            print(f"    {row.share:4.0%} {third:16} {describe(row.edit)}")
+            likeliest = token_text(r.tokenizer, row.likeliest)
+            print(f"    {row.share:4.0%} {likeliest:16} {describe(row.edit)}")
