@@ -85,7 +85,7 @@ def test_files_of_text(tmp_path):
         ("scala a 0 1", "expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO margin MARGIN; paper_swap"),
         ("swap a: b", "expected swap WORD: FROM -> TO margin MARGIN"),
         ("swap a: b -> c margin x", "margin is 'x', expected a number from 0"),
-        ("swap a: b -> b", "swap a: b -> b margin 12: FROM and TO are the same token"),
+        ("swap a: b -> b", "swap a: b -> b margin 14: FROM and TO are the same token"),
         ("swap ab: c -> d", "'ab' is 2 tokens here, a b: this needs a word of one token, or one of these"),
         ("swap a: b -> cd", "'cd' is 2 tokens here, c d: this needs a word of one token, or one of these"),
         ("scale a 4 0", "scale a 4 0: sense is 4, expected 0 to 3"),
@@ -202,7 +202,7 @@ def test_a_file_is_listed_and_changed(run_train, tmp_path, capsys):
     lab.edit.main([*args, "--edit=swap d: o -> w"])
     capsys.readouterr()
     lab.edit.main([*args, "--remove=2"])
-    listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w margin 12"]
+    listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w margin 14"]
     assert capsys.readouterr().out.split("\n") == [*listed, f"wrote {file}", ""]
     lab.edit.main(args)
     assert capsys.readouterr().out.split("\n") == [*listed, ""]
