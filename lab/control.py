@@ -24,6 +24,8 @@ STRENGTHS = {  # quantiles, the factor above each, f
     4: ((0.99,), (12.0,), 0.0),
 }
 
+MARGIN = 14  # of a swap, in logits: with it nine of ten take (lab/notes/senses.md)
+
 
 class Edits(nn.Module):
     """Changes of senses, which leave the weights of a model as they are.
@@ -197,7 +199,7 @@ def same_sum(model):
 
 
 def swapped(C, E_from, E_to):
-    """Senses C (...,D) with their association with one word turned into one with another (6.3).
+    """Senses C (...,D) whose association with one word is turned into one with another (paper, 6.3).
 
     C + (C . E_r / |E_r|^2) (E_a / phi - E_r) with phi = |E_a|^2 / |E_r|^2, as in the authors' code:
     where E_a and E_r are orthogonal, the logit of r becomes 0 and that of a gains what r's was.
@@ -205,6 +207,44 @@ def swapped(C, E_from, E_to):
     phi = E_to.square().sum() / E_from.square().sum()
     share = (C @ E_from / E_from.square().sum())[..., None]  # (...,1)
     return C + share * (E_to / phi - E_from)
+
+
+def quiet_inverse(E):
+    """S^-1 (D,D) of embeddings E (V,D): S is their covariance, which tells how much a vector disturbs.
+
+    v . S v is the variance, over the vocabulary, of the logits E v that a vector v adds.
+    """
+    E = E - E.mean(0)
+    S = E.T @ E / len(E)
+    size = S.diagonal().mean()
+    return torch.linalg.inv(S + 0.001 * size * torch.eye(len(S)).to(S))  # has one if V < D, too
+
+
+def exchanged(C, E_from, E_to, margin, inverse):
+    """Senses C (K,D) that say of TO what they said of FROM, and of FROM what they said of TO (ours).
+
+    Each sense that speaks for FROM, E_from . C_l > 0, becomes the C' with
+
+        E_to . C'   = max(E_to . C_l, t E_from . C_l)        t = 1 + margin / sum of those E_from . C_l
+        E_from . C' = min(E_from . C_l, E_to . C_l)
+
+    As other words of a text go on speaking for FROM, TO gets a margin: together, at weight 1 (as in a text
+    of this token alone), these senses say of TO what they said of FROM, and so many logits more. C' is the
+    vector with these two logits that disturbs the other ones least: v = C' - C_l has the least v . S v, with
+    inverse (D,D) = S^-1 as of quiet_inverse. So v = S^-1 (a E_from + b E_to), and the two equations give a
+    and b. Other senses stay.
+    """
+    said_from = C @ E_from  # (K,)
+    said_to = C @ E_to  # (K,)
+    speaks = said_from > 0
+    t = 1 + margin / said_from[speaks].sum()
+    gain_from = (said_to - said_from).clamp(max=0)
+    gain_to = (t * said_from - said_to).clamp(min=0)
+    gains = torch.stack([gain_from, gain_to], 1)  # (K,2)
+    words = torch.stack([E_from, E_to])  # (2,D)
+    along = words @ inverse  # (2,D)
+    a_and_b = gains @ torch.linalg.pinv(along @ words.T)  # (K,2)
+    return torch.where(speaks[:, None], C + a_and_b @ along, C)
 
 
 @lru_cache(1)

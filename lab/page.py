@@ -18,7 +18,7 @@ import torch
 
 from configurator import UserError
 from lab.change import next_p
-from lab.control import STRENGTHS, EditedBackpack, sense_peaks
+from lab.control import MARGIN, STRENGTHS, EditedBackpack, quiet_inverse, sense_peaks
 from lab.edits import make_edits, peaks_progress, summary
 from lab.files import read_json, read_text, write_text
 from lab.senses import attribution, says, text_ids, word_senses
@@ -48,6 +48,8 @@ def make_page(r, words=(), text=""):
     html = read_text(FOLDER / "page.html")
     html = html.replace("/*WEIGHTS*/", packed(np.concatenate(weights)))
     html = html.replace("/*PEAKS*/", packed(peaks))
+    inverse = quiet_inverse(r.base.wte.weight[: r.base.config.vocab_size])  # (D,D)
+    html = html.replace("/*INVERSE*/", packed(inverse.cpu().contiguous().numpy()))
     html = with_data(html, page_data(r, words, text))
     if len(html.encode()) > LIMIT:
         return make_table_page(r, words, text)
@@ -93,6 +95,7 @@ def page_data(r, words, text):
         "config": asdict(config),
         "tensors": [[name, p.numel()] for name, p in r.base.state_dict().items()],
         "strengths": STRENGTHS,
+        "margin": MARGIN,
         "kind": r.tokenizer.spec["kind"],
         "tokens": token_names(r.tokenizer),
         "end": r.tokenizer.end,

@@ -11,7 +11,7 @@ from test_control import ALL, CHARS, tiny
 
 import lab.edit
 from configurator import UserError
-from lab.control import EditedBackpack
+from lab.control import MARGIN, EditedBackpack
 from lab.edits import describe, make_edits, parse, read_edits, summary
 from lab.files import expect_place, read_jsonl, replacing, write_text
 
@@ -30,14 +30,32 @@ def test_text_and_file_say_the_same(tmp_path):
     assert parse(" ; ") == []
     assert make_edits(tiny(), CHARS, []) is None
     assert summary(edits) == "6 edits"
-    assert summary(edits[:2]) == "swap a: b -> c; scale a 1 0.5"
+    assert summary(edits[:2]) == "swap a: b -> c margin 2; scale a 1 0.5"
+
+
+def test_a_swap_without_a_margin_is_ours_as_text_and_the_papers_in_an_old_file(tmp_path):
+    """Files from before 2026-12 keep their meaning: the paper's formula was the only one."""
+    model = tiny()
+    words = {"word": "a", "from": "b", "to": "c"}
+    assert parse("swap a: b -> c") == [{"edit": "swap", **words, "margin": MARGIN}]
+    (tmp_path / "old.json").write_text(json.dumps({"edit": "swap", **words}))
+    old = read_edits(tmp_path / "old.json")
+    assert old == parse("paper_swap a: b -> c")
+    assert summary(old) == "paper_swap a: b -> c"
+    C = model.senses(torch.tensor(0))
+    now = EditedBackpack(model, make_edits(model, CHARS, old)).senses(torch.tensor(0))
+    E = model.wte.weight
+    ratio = E[2].norm() ** 2 / E[1].norm() ** 2
+    for l in range(4):
+        want = C[l] + (C[l] @ E[1]) / E[1].norm() ** 2 * (E[2] / ratio - E[1])
+        assert torch.allclose(now[l], want)
 
 
 def test_words_in_double_quotes_may_hold_spaces_and_semicolons():
     edits = parse('scale " river" 4 0; swap "a;b": " x" -> y')
     assert edits == [
         {"edit": "scale", "word": '" river"', "sense": 4, "factor": 0},
-        {"edit": "swap", "word": '"a;b"', "from": '" x"', "to": "y"},
+        {"edit": "swap", "word": '"a;b"', "from": '" x"', "to": "y", "margin": MARGIN},
     ]
     assert parse("; ".join(describe(edit) for edit in edits)) == edits
 
@@ -64,7 +82,12 @@ def test_files_of_text(tmp_path):
     "text, message",
     [
         ("scale a 0", "edit 'scale a 0': expected scale WORD SENSE FACTOR"),
-        ("scala a 0 1", "expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO; topic"),
+        ("scala a 0 1", "expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO margin MARGIN; paper_swap"),
+        ("swap a: b", "expected swap WORD: FROM -> TO margin MARGIN"),
+        ("swap a: b -> c margin x", "margin is 'x', expected a number from 0"),
+        ("swap a: b -> b", "swap a: b -> b margin 14: FROM and TO are the same token"),
+        ("swap ab: c -> d", "'ab' is 2 tokens here, a b: this needs a word of one token, or one of these"),
+        ("swap a: b -> cd", "'cd' is 2 tokens here, c d: this needs a word of one token, or one of these"),
         ("scale a 4 0", "scale a 4 0: sense is 4, expected 0 to 3"),
         ("scale a 1.5 0", "sense is 1.5, expected the number of a sense"),
         ("replace a all by b 1", "sense is 'all', expected the number of a sense"),
@@ -95,8 +118,8 @@ def file_of(**changes):
         ("[" * 100_000, "nested too deeply"),
         ("7", "e.json: found 7, expected a list of edits"),
         ("[7]", "edit 1: found 7, expected an object"),
-        ("{}", 'edit 1: expected an "edit" that is one of scale, swap, topic, replace'),
-        ('[{"edit": "swap", "word": "a"}]', "edit 1: swap lacks 'from'"),
+        ("{}", 'edit 1: expected an "edit" that is one of scale, swap, paper_swap, topic, replace'),
+        ('[{"edit": "swap", "word": "a"}]', "edit 1: paper_swap lacks 'from'"),
         (file_of(word=1), "edit 1: word is 1, expected text"),
         (file_of(word="\ud800"), r"word is '\ud800', expected text"),
         (file_of(sense=True), "sense is True, expected the number of a sense"),
@@ -142,8 +165,9 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path):
     model = tiny(torch.float32)
     n_read = 0
     for _ in range(400):
-        edits = parse("swap a: b -> c; scale b all 0.5; replace c 0 by d 1; topic b 1; replace d 0 by a 0")
-        edits[4] = {"edit": "replace", "word": "a", "sense": 0, "vector": [0.5] * 16, "adds": "b"}
+        text = "swap a: b -> c; paper_swap b: c -> d; scale b all 0.5; replace c 0 by d 1; topic b 1"
+        edits = parse(f"{text}; replace d 0 by a 0")
+        edits[5] = {"edit": "replace", "word": "a", "sense": 0, "vector": [0.5] * 16, "adds": "b"}
         (tmp_path / "e.json").write_bytes(spoil(edits, draw))
         try:
             edits = read_edits(tmp_path / "e.json")
@@ -164,7 +188,7 @@ def test_models_that_can_not_be_edited():
     model = tiny()
     model.wte.weight[1] = 0
     with pytest.raises(UserError, match="the edits of a make numbers of nan"):
-        make_edits(model, CHARS, parse("swap a: b -> c"))
+        make_edits(model, CHARS, parse("paper_swap a: b -> c"))
 
 
 # ---- the command
@@ -178,7 +202,7 @@ def test_a_file_is_listed_and_changed(run_train, tmp_path, capsys):
     lab.edit.main([*args, "--edit=swap d: o -> w"])
     capsys.readouterr()
     lab.edit.main([*args, "--remove=2"])
-    listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w"]
+    listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w margin 14"]
     assert capsys.readouterr().out.split("\n") == [*listed, f"wrote {file}", ""]
     lab.edit.main(args)
     assert capsys.readouterr().out.split("\n") == [*listed, ""]
