@@ -38,6 +38,7 @@ class BackpackConfig:
     sense_out_ratio: int | None = None  # the same of the second one; None: as the first
     dropout: float = 0.0  # on embeddings, attention, residuals and senses (paper: 0.1)
     bias: bool = True  # in Linear and LayerNorm
+    exact_gelu: bool = False  # as in nanoGPT; else approximated by tanh, as in GPT-2 and the paper
     init_std: float = 0.02  # standard deviation of the initial weights
     inverse_layer_scale: bool = True  # divide the attention scores of block i by i + 1 (paper)
     grad_checkpoint: bool = False  # recompute blocks in backward instead of keeping activations
@@ -111,14 +112,15 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, n_in, n_inner, n_out, bias):
+    def __init__(self, n_in, n_inner, n_out, config):
         super().__init__()
-        self.fc = nn.Linear(n_in, n_inner, bias=bias)
-        self.proj = Projection(n_inner, n_out, bias=bias)
+        self.fc = nn.Linear(n_in, n_inner, bias=config.bias)
+        self.proj = Projection(n_inner, n_out, bias=config.bias)
+        self.approximate = "none" if config.exact_gelu else "tanh"
 
     def forward(self, x):
         x = self.fc(x)
-        x = F.gelu(x, approximate="tanh")
+        x = F.gelu(x, approximate=self.approximate)
         x = self.proj(x)
         return x
 
@@ -132,7 +134,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(D, bias=config.bias)
         self.attn = SelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp = MLP(D, 4 * D, D, config.bias)
+        self.mlp = MLP(D, 4 * D, D, config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, mask=None):
@@ -152,9 +154,9 @@ class SenseNetwork(nn.Module):
         self.n_sense = config.n_sense
         self.ln_0 = nn.LayerNorm(D, bias=config.bias)
         self.ln_1 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp = MLP(D, inner, D, config.bias)
+        self.mlp = MLP(D, inner, D, config)
         self.ln_2 = nn.LayerNorm(D, bias=config.bias)
-        self.mlp_out = MLP(D, inner_out, config.n_sense * D, config.bias)
+        self.mlp_out = MLP(D, inner_out, config.n_sense * D, config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, e):
@@ -353,16 +355,20 @@ class Backpack(nn.Module):
         mask (B,1,T,S): True where a query may look; None: causal. pos (B,T): positions, if they don't
         simply go on from the cache.
         """
-        T = idx.size(1)
+        return self.transformer(self.wte(idx), cache, mask, pos)
+
+    def transformer(self, e, cache=None, mask=None, pos=None):
+        """The same from embeddings e (B,T,D)."""
+        T = e.size(1)
         S = T if cache is None else cache.past + T
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens are more than block_size={self.config.block_size}")
+        if pos is None:
+            if S > self.config.block_size:
+                raise ValueError(f"{S} tokens are more than block_size={self.config.block_size}")
+            pos = torch.arange(S - T, S, device=e.device)  # (T,)
         if mask is None and 1 < T < S:
             # scaled_dot_product_attention's own causal mask would align the first query and key
-            mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(S - T)
-        if pos is None:
-            pos = torch.arange(S - T, S, device=idx.device)  # (T,)
-        h = self.drop(self.wte(idx) + self.wpe(pos))  # (B,T,D)
+            mask = torch.ones(T, S, dtype=torch.bool, device=e.device).tril(S - T)
+        h = self.drop(e + self.wpe(pos))  # (B,T,D)
         for block in self.blocks:
             if self.config.grad_checkpoint and self.training:
                 h = checkpoint(block, h, cache, mask, use_reentrant=False)

@@ -9,8 +9,9 @@ Turn text into a dataset: data/NAME/ with token ids in train.bin and val.bin, an
 Built in are shakespeare_char, shakespeare, tinyshakespeare_char, simplewiki, openwebtext and fineweb_edu.
 
 Your own text is plain text in UTF-8 (each file is a document, unless --documents says otherwise) or .jsonl
-({"text": ...} on each line), optionally as .gz or .xz; from a folder, its .txt, .text, .md and .jsonl files.
-<|endoftext|> ends a document, too. For a dataset of the Hub, --input=FILE takes its place, and --input=NAME
+({"text": ...} on each line), optionally as .gz or .xz, or .parquet; from a folder, its files of these kinds.
+In .jsonl and .parquet --column names the field with the text. <|endoftext|> ends a document, too.
+For a dataset of the Hub, --input=FILE takes its place, and --input=NAME
 or --input=FOLDER is what the datasets library loads instead.
 """
 
@@ -32,15 +33,18 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UsageError, UserError, check, configure, run
-from tokenizer import END, UNKNOWN, learn_bpe, load_tokenizer, pip_wheel, require
+from tokenizer import END, UNKNOWN, learn_bpe, load_tokenizer, nanogpt_meta, pip_wheel, require
 
 
 @dataclass
 class Settings:
     dataset: str = "shakespeare_char"  # a built-in dataset, or a new name for your own text
     input: str | None = None  # your text: files and folders, comma-separated, see above
-    tokenizer: str | None = None  # char, gpt2, bpe, or the folder of a dataset or run that has one
+    tokenizer: str | None = None  # char, gpt2, bpe, a tokenizer.json, or a folder that has a tokenizer
+    end_token: str | None = None  # ends a document; None: as its tokenizer_config.json says, or the usual
     vocab_size: int | None = None  # of a bpe; None: 8192, or the built-in's
+    column: str = "text"  # the field with the text, in .jsonl, .parquet and datasets of the Hub
+    revision: str | None = None  # of a dataset of the Hub: a branch, a tag or a commit; None: the newest
     documents: str = "file"  # what ends one in plain text: file, blank_line, a regular expression
     val_fraction: float | None = None  # for validation; None: 1%, or 10% if each file is a document
     num_proc: int | None = None  # how many batches are tokenized at once; None: one per CPU
@@ -49,7 +53,7 @@ class Settings:
 
 
 # -----------------------------------------------------------------------------
-# built-in datasets: each function returns (training texts, validation texts, number of documents)
+# built-in datasets: each function returns (training texts, validation texts, what meta.json says of them)
 
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 TINY_REPO = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
@@ -75,7 +79,7 @@ def plays(settings, files):
             cut = text.index("\n", int(len(text) * 0.9)) + 1
             train.append(text[:cut].rstrip())
             val.append(text[cut:].strip())
-    return train, val, len(train)
+    return train, val, {"documents": len(train)}
 
 
 def play_text(markdown):
@@ -110,7 +114,7 @@ def tinyshakespeare(settings, files):
     check(is_it, "this is not the tinyshakespeare file: name your own text by --dataset=NAME")
     text = content.decode()
     cut = int(len(text) * 0.9)
-    return [text[:cut]], [text[cut:]], 1
+    return [text[:cut]], [text[cut:]], {"documents": 1}
 
 
 def from_hub(settings, files):
@@ -120,17 +124,24 @@ def from_hub(settings, files):
     if settings.input:
         path = settings.input
         subset = None
+    column = settings.column
     try:
-        rows = datasets.load_dataset(path, subset, split="train", num_proc=settings.num_proc)
-        rows = rows.select_columns("text")
-        n_null = rows.data.column("text").null_count
+        builder = datasets.load_dataset_builder(path, subset, revision=settings.revision)
+        builder.download_and_prepare(num_proc=settings.num_proc)
+        rows = builder.as_dataset("train").select_columns(column)
+        n_null = rows.data.column(column).null_count
         if n_null:
             print(f"skipped {n_null:,} rows without text")
-            rows = rows.filter(lambda text: text is not None, input_columns="text")
+            rows = rows.filter(lambda text: text is not None, input_columns=column)
         parts = rows.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
     except Exception as error:  # of the Hub, the network, a file format, or datasets itself
         raise UserError(f"datasets can't load {path}: {error!r}") from None
-    return parts["train"]["text"], parts["test"]["text"], len(rows)
+    # of files from the Hub (repository, commit), of others the time of their last change
+    files = (builder.config.data_files or {}).get("train")
+    origins = files.origin_metadata if files else []
+    loaded = sorted({" at commit ".join(origin) for origin in origins})
+    about = {"documents": len(rows), "loaded": loaded}
+    return parts["train"][column], parts["test"][column], about
 
 
 BUILT_IN = {  # name: (source, tokenizer)
@@ -147,11 +158,12 @@ BPE_SIZE = {"shakespeare": 4096, "simplewiki": 16384}  # of all others 8192
 # -----------------------------------------------------------------------------
 # your own text
 
-TEXT = (".txt", ".text", ".md", ".jsonl")  # what is read from a folder
-NOT_TEXT = {  # what is refused, with what to do about it
-    (".csv", ".tsv", ".json", ".parquet"): 'write it as .jsonl, {"text": ...} on each line',
-    (".docx", ".epub", ".pdf"): "save it as plain text (.txt)",
-    (".zip", ".tar", ".zst", ".bz2"): "unpack it",
+ROWS = (".jsonl", ".ndjson", ".parquet")  # each row is a document
+TEXT = (".txt", ".text", ".md", *ROWS)  # what is read from a folder
+NOT_TEXT = {  # what is refused, with what to do about it; other files must be text in UTF-8
+    (".csv", ".tsv", ".json", ".ipynb", ".arrow", ".orc", ".avro"): "write it as .jsonl or .parquet",
+    (".docx", ".odt", ".rtf", ".epub", ".pdf", ".html", ".htm", ".xml"): "save it as plain text (.txt)",
+    (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".bz2", ".warc", ".wet"): "unpack it",
 }
 
 
@@ -159,7 +171,7 @@ def own_text(settings, files):
     """The user's files. Whole documents are for validation, or where they are few, a part of each."""
     documents = []
     for path in files:
-        documents += read_documents(path, settings.documents)
+        documents += read_documents(path, settings.documents, settings.column)
     if len(documents) < 20:
         fraction = settings.val_fraction or 0.1
         print(f"fewer than 20 documents: the last {fraction:.0%} of each is for validation")
@@ -168,7 +180,7 @@ def own_text(settings, files):
         # where each file is a document, these are long and few
         usual = 0.1 if len(documents) <= len(files) else 0.01
         train, val = split_whole(documents, settings.val_fraction or usual)
-    return train, val, len(documents)
+    return train, val, {"documents": len(documents)}
 
 
 def find_files(names):
@@ -205,15 +217,16 @@ def suffix(path):
     return path.suffix.lower()
 
 
-def read_documents(path, separator):
-    """The documents of a file, without line breaks around them; see Settings.documents for separator."""
-    text = read_text(path)
-    if suffix(path) == ".jsonl":
-        text = END.join(parse_jsonl(text, path))
-    elif separator == "blank_line":
-        text = text.replace("\n\n", END)
-    elif separator != "file":
-        text = re.sub(separator, END, text, flags=re.M)
+def read_documents(path, separator, column="text"):
+    """The documents of a file, without line breaks around them; see Settings for separator and column."""
+    if suffix(path) in ROWS:
+        text = END.join(read_rows(path, column))
+    else:
+        text = read_text(path)
+        if separator == "blank_line":
+            text = text.replace("\n\n", END)
+        elif separator != "file":
+            text = re.sub(separator, END, text, flags=re.M)
     documents = [document.strip("\n") for document in text.split(END)]
     return [document for document in documents if document]
 
@@ -237,21 +250,25 @@ def read_text(path):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_jsonl(text, path):
-    """The texts on the lines of a .jsonl; says how many are null, and leaves them out."""
+def read_rows(path, column):
+    """The texts in a column of a .parquet or .jsonl; says how many are null, and leaves them out."""
     texts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            value = False
-        expected = f'{path}, line {number}: expected {{"text": "..."}}'
-        check(value is None or isinstance(value, str), expected)
-        texts.append(value)
+    try:
+        if suffix(path) == ".parquet":
+            parquet = require("pyarrow.parquet", str(path))
+            rows = parquet.read_table(path, columns=[column]).to_pylist()
+        else:
+            rows = map(json.loads, filter(str.strip, read_text(path).split("\n")))
+        for row in rows:
+            text = row[column]
+            if not isinstance(text, str | None):
+                raise TypeError("this is no text")
+            texts.append(text)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        expected = f'expected {{"{column}": "..."}}'
+        raise UserError(f"{path}, row {len(texts) + 1}: {expected} ({error!r:.100})") from None
     if None in texts:
-        print(f"{path}: skipped {texts.count(None):,} lines whose text is null")
+        print(f"{path}: skipped {texts.count(None):,} rows whose text is null")
     # half a surrogate pair, as crawlers leave it, is no character
     return [re.sub("[\ud800-\udfff]", UNKNOWN, text) for text in texts if text is not None]
 
@@ -291,21 +308,30 @@ def split_whole(documents, fraction):
 # the tokenizer
 
 
-def given_tokenizer(name):
-    """The spec of GPT-2's tokenizer, or of the one in the folder of a dataset or run."""
-    meta = Path(name) / "meta.json"
-    checkpoint = Path(name) / "ckpt.pt"
+def given_tokenizer(name, end_token=None):
+    """The spec of GPT-2's tokenizer, of a tokenizer.json, or of the one in the folder of a dataset or run.
+
+    end_token: of a tokenizer.json: see lab/tokenizer_json.py.
+    """
+    path = Path(name)
     if name == "gpt2":
         spec = {"kind": "gpt2"}
-    elif meta.is_file():
-        spec = json.loads(meta.read_text())["tokenizer"]
-    elif checkpoint.is_file():
-        import torch  # which nothing else here needs
+    elif (path / "meta.json").is_file():
+        spec = json.loads((path / "meta.json").read_text())["tokenizer"]
+    elif (path / "train.bin").is_file() or (path / "meta.pkl").is_file():
+        spec = nanogpt_meta(path)["tokenizer"]
+    elif (path / "ckpt.pt").is_file():
+        from model import load_checkpoint  # with torch, which nothing else here needs
 
-        loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        spec = loaded["meta"]["tokenizer"]
+        spec = load_checkpoint(path).get("meta", {}).get("tokenizer")
+    elif path.suffix == ".json" or (path / "tokenizer.json").is_file():
+        lab = Path(__file__).parent / "lab"
+        check(lab.is_dir(), "a tokenizer.json needs the folder lab/ of the repository")
+        from lab.tokenizer_json import read_tokenizer
+
+        spec = read_tokenizer(path, end_token)
     else:
-        expected = "char, gpt2, bpe, or the folder of a dataset (meta.json) or run (ckpt.pt)"
+        expected = "char, gpt2, bpe, a tokenizer.json, or the folder of a dataset or run"
         raise UsageError(f"unknown tokenizer {name!r}: expected {expected}")
     check(spec, f"{name} has no tokenizer: it was imported without one")
     return spec
@@ -327,7 +353,7 @@ def learn_characters(train, val):
 # -----------------------------------------------------------------------------
 # the dataset
 
-FILES = ("train.bin", "val.bin", "meta.json")
+FILES = ("meta.json", "val.bin", "train.bin")
 
 
 def is_made(folder, source):
@@ -356,9 +382,9 @@ def write_dataset(folder, texts, end, tokenizer, num_proc, meta):
             meta[f"{split}_tokens"] = n_tokens
             meta["bytes"] += n_bytes
         partial["meta.json"].write_text(json.dumps(meta))
-        # A folder without meta.json is no dataset. So it goes first and comes back last: at any moment
+        # A folder without train.bin is no dataset. So it goes first and comes back last: at any moment
         # the folder holds the old dataset, none, or the new one.
-        (folder / "meta.json").unlink(missing_ok=True)
+        (folder / "train.bin").unlink(missing_ok=True)
         for name in FILES:
             partial[name].replace(folder / name)
     finally:
@@ -369,7 +395,6 @@ def write_dataset(folder, texts, end, tokenizer, num_proc, meta):
 def write_tokens(path, texts, end, tokenizer, num_proc):
     """Write the ids of all texts, with end after each; returns how many ids and bytes of text they are."""
     dtype = token_dtype(tokenizer)
-    byte_counts = tokenizer.byte_counts()
     n_tokens = 0
     n_bytes = 0
     size = min(1000, len(texts) // 100 + 1)
@@ -378,16 +403,16 @@ def write_tokens(path, texts, end, tokenizer, num_proc):
     def encode(start):
         batch = texts[start : start + size]
         ids = tokenizer.encode("".join(text + end for text in batch), special=True)
-        return ids.astype(dtype)
+        return ids.astype(dtype), sum(len(text.encode()) for text in batch)
 
     # threads are enough: tiktoken lets go of Python's lock while it works
     pool = ThreadPoolExecutor(num_proc)
     try:
         with open(path, "wb") as file:
-            for ids in tqdm(pool.map(encode, starts), path.stem, len(starts)):
+            for ids, size_of_text in tqdm(pool.map(encode, starts), path.stem, len(starts)):
                 file.write(ids.tobytes())
                 n_tokens += len(ids)
-                n_bytes += int(byte_counts[ids].sum())
+                n_bytes += size_of_text
             file.flush()
             os.fsync(file.fileno())
     finally:
@@ -414,7 +439,10 @@ def check_settings(settings, given, is_own):
     unused = {
         "input": dataset in ("shakespeare_char", "shakespeare"),
         "vocab_size": settings.tokenizer != "bpe",
+        "end_token": settings.tokenizer in ("char", "gpt2", "bpe"),
         "documents": not is_own,
+        "revision": is_own or dataset not in HUB,
+        "column": not is_own and dataset not in HUB,
         "val_fraction": not is_own,
     }
     for key in given:
@@ -433,7 +461,8 @@ def check_settings(settings, given, is_own):
 
 def source_of(settings, files):
     """What a dataset is made of: if this is the same, it need not be made again."""
-    keys = ("dataset", "input", "tokenizer", "vocab_size", "documents", "val_fraction")
+    keys = ("dataset", "input", "tokenizer", "end_token", "vocab_size")
+    keys += ("column", "revision", "documents", "val_fraction")
     source = {key: getattr(settings, key) for key in keys}
     if files:
         stats = [path.stat() for path in files]
@@ -488,8 +517,8 @@ def main(argv):
         return
 
     if settings.tokenizer not in ("char", "bpe"):
-        spec = given_tokenizer(settings.tokenizer)
-    train, val, n_documents = read(settings, files)
+        spec = given_tokenizer(settings.tokenizer, settings.end_token)
+    train, val, about = read(settings, files)
     found = f"found {len(train)} texts for training and {len(val)} for validation"
     check(len(train) and len(val), f"{found}: give more text, or another val_fraction")
     n_unknown = 0
@@ -504,7 +533,7 @@ def main(argv):
         "dtype": token_dtype(tokenizer).name,
         "tokenizer": spec,
         "vocab_size": tokenizer.vocab_size,
-        "documents": n_documents,
+        **about,
         "unknown_characters": n_unknown,
         "source": source,
     }

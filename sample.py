@@ -70,19 +70,22 @@ def prompt(start, tokenizer):
 
 def print_sample(model, tokenizer, idx, s, generator, table):
     """Print a continuation of idx (1,T), token by token; returns how many there were."""
+    given = idx[0].tolist()
     ids = []
-    n_printed = 0
+    text = tokenizer.decode(given)
+    n_printed = len(text)
     sampling = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
     stream = model.stream(idx, s.max_new_tokens, table, generator=generator, **sampling)
     for token in stream:
         if token.item() == tokenizer.end:
             break
         ids.append(token.item())
-        text = tokenizer.decode(ids[n_printed:])
+        # all of it, as the space before a word may depend on what stands there
+        text = tokenizer.decode(given + ids)
         if not text.endswith("\ufffd"):  # else the rest of a character is still to come
-            print(text, end="", flush=True)
-            n_printed = len(ids)
-    print(tokenizer.decode(ids[n_printed:]))
+            print(text[n_printed:], end="", flush=True)
+            n_printed = len(text)
+    print(text[n_printed:])
     return len(ids)
 
 

@@ -6,6 +6,7 @@ A tokenizer is described by its spec, a small dict that stands in a dataset's me
     {"kind": "char", "chars": "..."}   one token per character
     {"kind": "gpt2"}                   GPT-2's byte-level BPE
     {"kind": "bpe", "model": {...}}    a byte-level BPE learned here, as the tokenizers library writes it
+    {"kind": "library", "json": "...", "end": "</s>"}   the text of any tokenizer.json, run by that library
 
 Each of them has encode(text) -> ids (an int64 array), decode(ids) -> text, byte_counts() -> how many bytes
 of text each token stands for (V,), vocab_size, spec, and end, the id of the token that ends a document (None
@@ -18,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -105,7 +107,42 @@ class BPETokenizer:
         return counts
 
 
-KINDS = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer}
+class LibraryTokenizer:
+    """A tokenizer.json of others, run by the tokenizers library: the ids are those of AutoTokenizer.
+
+    Nothing is added around a text, and the name of a special token in it is text like any other.
+    """
+
+    def __init__(self, spec):
+        tokenizers = require("tokenizers", "the tokenizer of others that this run or dataset has")
+        self.spec = spec
+        self.codec = tokenizers.Tokenizer.from_str(spec["json"])
+        self.codec.no_truncation()
+        self.codec.no_padding()
+        self.codec.encode_special_tokens = True
+        self.vocab_size = max(self.codec.get_vocab().values()) + 1
+        self.end = self.codec.token_to_id(spec["end"])
+
+    def encode(self, text, special=False):
+        # each document by itself, as some tokenizers treat the start of a text in their own way
+        documents = text.split(END) if special else [text]
+        try:
+            encodings = self.codec.encode_batch(documents, add_special_tokens=False)
+        except Exception as error:  # of a character that it lacks; the library has no class of errors
+            raise UserError(f"the tokenizer can't read this text: {error!r:.120}") from None
+        ids = []
+        for encoding in encodings:
+            ids += [*encoding.ids, self.end]
+        return np.array(ids[:-1], np.int64)
+
+    def decode(self, ids):
+        return self.codec.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def byte_counts(self):
+        """None: such tokenizers may change the text, so that its bytes can't be counted by its tokens."""
+
+
+KINDS = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer, "library": LibraryTokenizer}
 
 
 def gpt2_codec():
@@ -170,6 +207,38 @@ def learn_bpe(texts, vocab_size):
     codec.train_from_iterator(itertools.islice(texts, n_texts), trainer, n_texts)
     codec.pre_tokenizer = words
     return {"kind": "bpe", "model": json.loads(codec.to_str())}
+
+
+# -----------------------------------------------------------------------------
+# datasets of nanoGPT
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Makes numbers, text and plain containers; a pickle that asks for anything else is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def nanogpt_meta(folder):
+    """What meta.json would say of a dataset that nanoGPT has prepared. UserError: its meta.pkl is odd."""
+    spec = {"kind": "gpt2"}  # unless it says otherwise
+    vocab_size = GPT2_SIZE
+    path = Path(folder) / "meta.pkl"
+    if path.exists():
+        try:
+            with open(path, "rb") as file:
+                meta = PlainUnpickler(file).load()
+            vocab_size = int(meta["vocab_size"])
+            spec = None
+            if "itos" in meta:
+                spec = {"kind": "char", "chars": "".join(meta["itos"][i] for i in range(vocab_size))}
+                if len(set(spec["chars"])) != vocab_size:
+                    raise ValueError("its tokens are not characters")
+            load_tokenizer(spec)
+        except Exception as error:  # a pickle of others may lead to any
+            raise UserError(f"{path} is not a vocabulary of nanoGPT: {error!r:.120}") from None
+    return {"dtype": "uint16", "tokenizer": spec, "vocab_size": vocab_size}
 
 
 # -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import Dtype, UserError, check, pick_device, pick_dtype
 from model import Backpack, BackpackConfig, load_checkpoint
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, nanogpt_meta
 
 # -----------------------------------------------------------------------------
 # settings: all of BackpackConfig, and these. The defaults are the paper's recipe for its "small"
@@ -90,11 +90,19 @@ def network_config(s):
 
 
 def load_data(folder):
-    """(token ids of train.bin, of val.bin, meta.json) of a dataset; the ids are memory-mapped."""
+    """(token ids of train.bin, of val.bin, meta.json) of a dataset; the ids are memory-mapped.
+
+    It may be one of nanoGPT's, which has no meta.json.
+    """
     hint = f"python prepare_data.py --dataset={folder.name} makes it"
-    check((folder / "meta.json").exists(), f"no dataset at {folder}: {hint}")
-    meta = json.loads((folder / "meta.json").read_text())
+    check((folder / "train.bin").exists(), f"no dataset at {folder}: {hint}")
+    if (folder / "meta.json").exists():
+        meta = json.loads((folder / "meta.json").read_text())
+    else:
+        meta = nanogpt_meta(folder)
     train, val = [np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "val")]
+    fits = val.max() < meta["vocab_size"]
+    check(fits, f"{folder} has a token {val.max()}, but a vocabulary of {meta['vocab_size']} tokens")
     return train, val, meta
 
 
@@ -121,12 +129,12 @@ def get_batch(tokens, starts, T, device):
 
 
 def count_targets(tokens, starts, T, tokenizer):
-    """How many targets the windows that begin at starts have, and bytes of text (None: no tokenizer)."""
+    """How many targets the windows that begin at starts have, and bytes of text (None: unknown)."""
     ends = np.minimum(starts + T, len(tokens) - 1)
     n_targets = int((ends - starts).sum())
-    if tokenizer is None:
+    n_bytes = tokenizer.byte_counts() if tokenizer else None  # (V,)
+    if n_bytes is None:
         return n_targets, None
-    n_bytes = tokenizer.byte_counts()  # (V,)
     return n_targets, sum(int(n_bytes[tokens[i + 1 : j + 1]].sum()) for i, j in zip(starts, ends))
 
 

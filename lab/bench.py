@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import train
 from configurator import Dtype, check, configure, pick_device, pick_dtype, run
-from lab.files import expect_place, write_text
+from lab.files import expect_place, replacing, write_text
 from model import Backpack, contextualize, load_checkpoint, sum_senses
 
 WARMUP = 2  # runs that don't count
@@ -266,7 +266,8 @@ def training(s, one):
         for _ in took:
             step()
     if s.profile:
-        trace.export_chrome_trace(s.profile)
+        with replacing(s.profile) as file:
+            trace.export_chrome_trace(file.name)
     rows = [row for row in trace.key_averages() if not row.is_user_annotation]
     kernels = [row for row in rows if row.device_type == DeviceType.CUDA]
     if kernels:

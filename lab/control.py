@@ -24,6 +24,8 @@ STRENGTHS = {  # quantiles, the factor above each, f
     4: ((0.99,), (12.0,), 0.0),
 }
 
+MARGIN = 14  # of a swap, in logits: with it nine of ten take (lab/notes/senses.md)
+
 
 class Edits(nn.Module):
     """Changes of senses, which leave the weights of a model as they are.
@@ -87,6 +89,9 @@ class EditedBackpack(Backpack):
         vars(self).update(vars(model))
         self._modules = dict(model._modules)  # of its own, so that model does not get the edits
         self.edits = edits
+        # whole weights and their sum pass through these, where forward hooks find them
+        self.alpha = nn.Identity()  # (B,K,T,S)
+        self.o = nn.Identity()  # (B,T,D)
 
     @property
     def has_topics(self):
@@ -100,23 +105,26 @@ class EditedBackpack(Backpack):
     # Topics need alpha whole. Backpack never has it whole, nor does it take padding, so the sum is
     # written once more here; same_sum, below, tells whether both say the same.
 
-    def weights_and_senses(self, idx, h, cache=None, mask=None, sense_table=None):
-        """alpha (B,K,T,S), as topics leave it, and C (B,S,K,D), of idx (B,T), h (B,T,D): see output."""
+    def whole_sum(self, idx, h, C, cache=None, mask=None):
+        """alpha (B,K,T,S), as topics leave it, and o (B,T,D), from h (B,T,D) and C (B,T,K,D) of idx (B,T).
+
+        cache: of the positions before, which this extends; mask (B,1,T,S): of padding_mask. With n_sense=0
+        alpha is None and o is h.
+        """
+        if not self.config.n_sense:
+            return None, self.o(h)
         q, k = self.query_key(h)  # (B,K,T,d) each
-        if sense_table is not None:
-            C = sense_table[idx]  # (B,T,K,D)
-        else:
-            distinct, where = idx.unique(return_inverse=True)  # (U,), (B,T)
-            C = self.senses(distinct)[where]  # (B,T,K,D)
         ids = idx
         if cache is not None:
             k = cache.extend("sense key", k)  # (B,K,S,d)
             C = cache.extend("senses", C, dim=1)  # (B,S,K,D)
-            ids = cache.extend("ids", idx, dim=1)  # (B,S)
+            if self.has_topics:
+                ids = cache.extend("ids", idx, dim=1)  # (B,S)
         alpha = contextualize(q, k, mask)  # (B,K,T,S)
         if self.has_topics:
             alpha = self.edits.reweigh(alpha, self.wte(ids), ids, C, mask)
-        return alpha, C
+        alpha = self.alpha(alpha)
+        return alpha, self.o(weigh(alpha, C))
 
     def output(self, idx, cache=None, mask=None, pos=None, sense_table=None):
         """o (B,T,D), which the logits are linear in, of idx (B,T).
@@ -126,9 +134,13 @@ class EditedBackpack(Backpack):
         """
         with sdpa_kernel(FOR_GENERATION):  # a cache makes the number of keys grow
             h = self.hidden(idx, cache, mask, pos)  # (B,T,D)
-        o = h
-        if self.config.n_sense:
-            o = weigh(*self.weights_and_senses(idx, h, cache, mask, sense_table))  # (B,T,D)
+        C = None
+        if sense_table is not None:
+            C = sense_table[idx]  # (B,T,K,D)
+        elif self.config.n_sense:
+            distinct, where = idx.unique(return_inverse=True)  # (U,), (B,T)
+            C = self.senses(distinct)[where]  # (B,T,K,D)
+        _, o = self.whole_sum(idx, h, C, cache, mask)
         if cache is not None:
             cache.past += idx.size(1)
         return o
@@ -147,7 +159,7 @@ class EditedBackpack(Backpack):
         if mask is None and not self.has_topics:
             return super().contextualization(idx)
         h = self.hidden(idx, None, mask, pos)  # (B,T,D)
-        alpha, _ = self.weights_and_senses(idx, h, None, mask)
+        alpha, _ = self.whole_sum(idx, h, self.senses(idx), None, mask)
         return alpha
 
     def step(self, idx, cache, sense_table=None):
@@ -187,7 +199,7 @@ def same_sum(model):
 
 
 def swapped(C, E_from, E_to):
-    """Senses C (...,D) with their association with one word turned into one with another (6.3).
+    """Senses C (...,D) whose association with one word is turned into one with another (paper, 6.3).
 
     C + (C . E_r / |E_r|^2) (E_a / phi - E_r) with phi = |E_a|^2 / |E_r|^2, as in the authors' code:
     where E_a and E_r are orthogonal, the logit of r becomes 0 and that of a gains what r's was.
@@ -195,6 +207,44 @@ def swapped(C, E_from, E_to):
     phi = E_to.square().sum() / E_from.square().sum()
     share = (C @ E_from / E_from.square().sum())[..., None]  # (...,1)
     return C + share * (E_to / phi - E_from)
+
+
+def quiet_inverse(E):
+    """S^-1 (D,D) of embeddings E (V,D): S is their covariance, which tells how much a vector disturbs.
+
+    v . S v is the variance, over the vocabulary, of the logits E v that a vector v adds.
+    """
+    E = E - E.mean(0)
+    S = E.T @ E / len(E)
+    size = S.diagonal().mean()
+    return torch.linalg.inv(S + 0.001 * size * torch.eye(len(S)).to(S))  # has one if V < D, too
+
+
+def exchanged(C, E_from, E_to, margin, inverse):
+    """Senses C (K,D) that say of TO what they said of FROM, and of FROM what they said of TO (ours).
+
+    Each sense that speaks for FROM, E_from . C_l > 0, becomes the C' with
+
+        E_to . C'   = max(E_to . C_l, t E_from . C_l)        t = 1 + margin / sum of those E_from . C_l
+        E_from . C' = min(E_from . C_l, E_to . C_l)
+
+    As other words of a text go on speaking for FROM, TO gets a margin: together, at weight 1 (as in a text
+    of this token alone), these senses say of TO what they said of FROM, and so many logits more. C' is the
+    vector with these two logits that disturbs the other ones least: v = C' - C_l has the least v . S v, with
+    inverse (D,D) = S^-1 as of quiet_inverse. So v = S^-1 (a E_from + b E_to), and the two equations give a
+    and b. Other senses stay.
+    """
+    said_from = C @ E_from  # (K,)
+    said_to = C @ E_to  # (K,)
+    speaks = said_from > 0
+    t = 1 + margin / said_from[speaks].sum()
+    gain_from = (said_to - said_from).clamp(max=0)
+    gain_to = (t * said_from - said_to).clamp(min=0)
+    gains = torch.stack([gain_from, gain_to], 1)  # (K,2)
+    words = torch.stack([E_from, E_to])  # (2,D)
+    along = words @ inverse  # (2,D)
+    a_and_b = gains @ torch.linalg.pinv(along @ words.T)  # (K,2)
+    return torch.where(speaks[:, None], C + a_and_b @ along, C)
 
 
 @lru_cache(1)

@@ -5,6 +5,7 @@ Weights in and out: published Backpacks and GPT-2 become runs; runs become folde
     python -m lab.convert --source=gpt2-small-flash-fp16.ckpt --dest=out/gpt2_authors    the authors' files
     python -m lab.convert --source=openai-community/gpt2 --dest=out/gpt2                 a plain Transformer
     python -m lab.convert --source=openai-community/gpt2 --dest=out/gpt2_senses --n_sense=16  to train
+    python -m lab.convert --source=nanoGPT/out/ckpt.pt --dest=out/mine                   nanoGPT's
     python -m lab.convert --source=out/my_run --dest=small                               weights to share
     python -m lab.convert --source=pretrained/simplewiki --to=hf --dest=folder           for transformers
     python -m lab.convert --source=out/backpack_gpt2 --to=backpack-gpt2 --dest=published
@@ -13,13 +14,11 @@ The layout of a source is detected from the names of its tensors; every tensor m
 it. Nothing pickled in a source is executed: tensors and plain containers are read, all else is left out.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import pickle
 import reprlib
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -31,31 +30,35 @@ from torch.nn import functional as F
 
 from configurator import UserError, check, configure, run, typed
 from lab.edits import check_edits
-from lab.export import cast, export, from_transformers
-from lab.files import read_json, write_text
-from lab.layouts import LAYOUTS, WITHOUT_SENSES, detect, infer_config, to_ours
+from lab.export import cast, export
+from lab.files import filling, read_json, write_text
+from lab.layouts import GPT2_ROWS, LAYOUTS, READ_ONLY, WITHOUT_SENSES, detect, infer_config, to_ours
+from lab.tokenizer_json import is_gpt2, read_tokenizer
 from model import Backpack, BackpackConfig, load_checkpoint
-from tokenizer import GPT2_SIZE, require
+from prepare_data import given_tokenizer
+from tokenizer import GPT2_SIZE, load_tokenizer, require
 from train import save_checkpoint
 
 Target = Literal["run", *LAYOUTS]
-Layout = Literal["auto", *LAYOUTS]
-Spec = Literal["auto", "gpt2", "none"]
+Layout = Literal["auto", *LAYOUTS, *READ_ONLY]
 Type = Literal["auto", "keep", "float32", "float16", "bfloat16"]
 
 
 @dataclass
 class Settings:
-    source: str = ""  # a Hub id, a file (.bin, .safetensors, .ckpt), a folder, or a run of ours
+    source: str = ""  # a Hub id, a file (.bin, .safetensors, .ckpt, .pt), a folder, or a run of ours
+    revision: str | None = None  # of a Hub id: a branch, a tag or a commit; None: the newest
     dest: str = ""  # the folder to write
     to: Target = "run"  # or hf, for transformers, or a published layout: see layout
-    layout: Layout = "auto"  # backpack-gpt2, levanter, gpt2, lightning, lightning-gpt2, hf, auto
+    layout: Layout = "auto"  # auto, backpack-gpt2, levanter, gpt2, nanogpt, lightning, lightning-gpt2, hf
     n_head: int | None = None  # None: from config.json, or from the known sizes
     n_sense: int = 0  # of a plain GPT-2: add so many new senses per token, to be trained
-    tokenizer: Spec = "auto"  # gpt2, none; auto: gpt2 if it has this size, else the source's
+    tokenizer: str = "auto"  # auto (the source's, or GPT-2's by its size), none, or as in prepare_data.py
+    end_token: str | None = None  # of a tokenizer.json: the token that ends a document
     dtype: Type = "auto"  # keep, float32, float16, bfloat16; auto: keep, but float16 run to run
     trust_pickle: bool = False  # load more than plain tensors, executing what is pickled
     edits: str | None = None  # with --to=hf: a JSON file of edits to apply there (lab/edit.py)
+    license: str = ""  # with --to=hf: what the model card says, such as mit
     overwrite: bool = False  # replace the run or the export that dest has
     seed: int = 1337  # of new senses
 
@@ -106,9 +109,9 @@ class PlainPickle:
 
 
 def is_torchscript(path):
-    """Whether torch.load would run a file as a program of torch.jit: it asks the same of the same reader."""
+    """Whether torch.load would run a file as a program of torch.jit: this is the question that it asks."""
     try:
-        return torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl")
+        return torch.serialization._is_torchscript_zip(torch._C.PyTorchFileReader(str(path)))
     except RuntimeError:  # not an archive
         return False
 
@@ -143,10 +146,13 @@ NUMBERS |= {torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 def read_tensors(path, trust_pickle=False):
-    """{name: tensor} of a file. UserError: it is damaged, or holds something else."""
+    """({name: tensor} of a file, what nanoGPT notes beside them). UserError: damaged, or something else."""
     found = load_file(path, trust_pickle)
+    sizes = {}
     if isinstance(found, dict):
+        sizes = found.get("model_args", {})
         found = found.get("state_dict", found.get("model", found))
+    check(isinstance(sizes, dict), f"{path}: expected the sizes of the network as model_args")
     only_tensors = isinstance(found, dict) and all(map(torch.is_tensor, found.values()))
     hint = "--trust_pickle loads it, and executes what is in it"
     check(only_tensors, f"{path}: found more than tensors: {hint}")
@@ -156,17 +162,18 @@ def read_tensors(path, trust_pickle=False):
         fits = isinstance(name, str) and is_whole and t.dtype in NUMBERS
         what = f"a tensor of {t.dtype} and {t.layout}"
         check(fits, f"{path}, {name!r}: found {what}, expected plain numbers of 16 bits or more")
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}, sizes
 
 
-def find_files(source):
+def find_files(source, revision):
     """(path, files of weights) of a file, a folder or a Hub id. UserError: there are none."""
     path = Path(source)
-    patterns = ("*.safetensors", "pytorch_model*.bin")
+    check(not revision or not path.exists(), f"{source} is not of the Hub: --revision has no effect")
+    patterns = ("*.safetensors", "pytorch_model*.bin", "ckpt.pt")
     if path.is_file():
         return path, [path]
     if not path.exists():
-        path = download(source, patterns)
+        path = download(source, revision, patterns)
     for pattern in patterns:
         files = sorted(path.glob(pattern))
         if files:
@@ -174,12 +181,16 @@ def find_files(source):
     raise UserError(f"{path} has no {' and no '.join(patterns)}")
 
 
-def download(source, patterns):
-    """The folder of a repository of the Hub, with files of the first pattern that it has any of."""
+def download(source, revision, patterns):
+    """The folder of a repository of the Hub, with files of the first pattern that it has any of.
+
+    Its name is that of the commit.
+    """
     hub = require("huggingface_hub", f"{source} is no file or folder here; a Hub id")
     try:
         for pattern in patterns:
-            path = Path(hub.snapshot_download(source, allow_patterns=["*.json", pattern]))
+            wanted = ["*.json", *OTHER_VOCABULARIES, pattern]
+            path = Path(hub.snapshot_download(source, revision=revision, allow_patterns=wanted))
             if any(path.glob(pattern)):
                 break
     except Exception as error:  # of the Hub's library, of HTTP, of the file system
@@ -194,8 +205,11 @@ def download(source, patterns):
 
 
 def is_run(source):
+    """Whether a source is a checkpoint of train.py, and not nanoGPT's, whose file has the same name."""
     path = Path(source)
-    return (path / "ckpt.pt").is_file() or (path.is_file() and path.suffix == ".pt")
+    if path.is_dir():
+        path = path / "ckpt.pt"
+    return path.is_file() and path.suffix == ".pt" and "model_args" not in load_checkpoint(path)
 
 
 def read_run(source):
@@ -219,7 +233,7 @@ def read_run(source):
 
 def read_weights(s):
     """(a checkpoint of weights that others saved, the list of edits that an export has). UserError."""
-    path, files = find_files(s.source)
+    path, files = find_files(s.source, s.revision)
     about = path / "config.json"  # of a folder; nothing is asked of what lies beside a single file
     described = {}
     if about.is_file():
@@ -231,19 +245,24 @@ def read_weights(s):
     tensors = {}
     sha256 = {}
     for file in files:
-        tensors |= read_tensors(file, s.trust_pickle)
+        found, sizes = read_tensors(file, s.trust_pickle)
+        tensors |= found
+        described |= sizes
         with open(file, "rb") as stream:
             sha256[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     layout = s.layout
     if layout == "auto":
         layout = described.get("layout") or detect(tensors)
-        check(layout in LAYOUTS, f"{about}: unknown layout {layout!r}")
+        known = layout in (*LAYOUTS, *READ_ONLY)
+        check(known, f"{about}: unknown layout {layout!r}")
     state, dropped = to_ours(tensors, layout)
-    config = make_config(s, state, described, layout)
     rows = len(state["wte.weight"])
+    spec = find_tokenizer(s, path, described.get("vocab_size") or rows)
+    config = make_config(s, state, described, layout, spec)
     state = fit(state, config, s)
-    spec = find_tokenizer(s, path, config.vocab_size)
     source = {"name": s.source, "layout": layout, "sha256": sha256}
+    if not Path(s.source).exists():
+        source["commit"] = path.name
     source["rows"] = config.vocab_size if layout == "hf" else rows
     ckpt = {
         "model": state,
@@ -255,12 +274,15 @@ def read_weights(s):
     }
     print(f"{layout}: {len(state)} tensors; dropped {len(dropped)} (repeated, masks, edits)")
     print(config)
-    print(f"tokenizer: {spec['kind'] if spec else 'none'}")
+    print(f"tokenizer: {spec['kind'] if spec else 'none; --tokenizer=WHAT gives it one'}")
     return ckpt, edits
 
 
-def make_config(s, state, described, layout):
-    """The BackpackConfig of tensors in our names; described: what config.json says. UserError."""
+def make_config(s, state, described, layout, spec):
+    """The BackpackConfig of tensors in our names; described: what config.json says. UserError.
+
+    The vocabulary is that of the tokenizer, if there is a spec: E may have rows of padding beyond it.
+    """
     if layout == "hf":  # it has all settings of the network, under our names
         values = {f.name: described[f.name] for f in fields(BackpackConfig) if f.name in described}
     else:
@@ -268,8 +290,12 @@ def make_config(s, state, described, layout):
     plain = " and ".join(WITHOUT_SENSES)
     fits = not s.n_sense or layout in WITHOUT_SENSES
     check(fits, f"n_sense={s.n_sense} is for {plain}, found {layout}")
-    if s.tokenizer == "gpt2":
-        values["vocab_size"] = GPT2_SIZE
+    if spec:
+        rows = len(state["wte.weight"])
+        size = GPT2_SIZE if spec["kind"] == "gpt2" else load_tokenizer(spec).vocab_size
+        what = f"the tokenizer has {size} tokens, but wte.weight {rows} rows"
+        check(rows - 128 < size <= rows, f"{what}: --tokenizer=none imports without it")
+        values["vocab_size"] = size
     hints = get_type_hints(BackpackConfig)
     for key, value in values.items():
         where = f"{key}={reprlib.repr(value)} of {s.source}"
@@ -306,30 +332,50 @@ def fit(state, config, s):
     return state
 
 
-def find_tokenizer(s, path, vocab_size):
-    """The spec of a source's tokenizer, or None."""
-    if s.tokenizer == "gpt2" or (s.tokenizer == "auto" and vocab_size == GPT2_SIZE):
-        return {"kind": "gpt2"}
-    if s.tokenizer == "auto" and (path / "tokenizer.json").is_file():
-        return from_transformers(path / "tokenizer.json", vocab_size)
-    return None
+# a vocabulary in other files than tokenizer.json
+OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+def find_tokenizer(s, path, size):
+    """The spec of the tokenizer of a source whose vocabulary has this size, or is padded to it; or None.
+
+    UserError: it is in files that we don't read, so that GPT-2's in its place would be wrong.
+    """
+    if s.tokenizer == "none":
+        return None
+    if s.tokenizer != "auto":
+        return given_tokenizer(s.tokenizer, s.end_token)
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file():
+        return read_tokenizer(folder, s.end_token)
+    if size not in GPT2_ROWS:
+        return None
+    found = [folder / name for name in OTHER_VOCABULARIES if (folder / name).is_file()]
+    if found:
+        own = found[0].name != "vocab.json" or not is_gpt2(read_json(found[0]))
+        hint = "make a tokenizer.json with AutoTokenizer's save_pretrained, or give --tokenizer"
+        check(not own, f"{found[0]} is not GPT-2's vocabulary: {hint}")
+    return {"kind": "gpt2"}
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 # what describes a run or an export; of the one that was there before, none of these may stay
-DESCRIPTIONS = {"best.pt", "edits.json", "metrics.jsonl", "generation_config.json"}
-DESCRIPTIONS |= {"tokenizer.json", "tokenizer_config.json"}
+DESCRIPTIONS = ("best.pt", "edits.json", "metrics.jsonl", "generation_config.json")
+DESCRIPTIONS += ("tokenizer.json", "tokenizer_config.json")
 
 
 def check_dest(s):
-    """Raise UserError if dest is the source, or has something and overwrite is off."""
-    source = Path(s.source).resolve()
-    if source.is_file():
-        source = source.parent
+    """Raise UserError if dest is where something is read, or has something and overwrite is off."""
     dest = Path(s.dest)
-    check(dest.resolve() != source, f"dest={dest} is the folder of the source: give another --dest")
+    for key in ("source", "edits", "tokenizer"):
+        if not getattr(s, key):
+            continue
+        folder = Path(getattr(s, key)).resolve()
+        if folder.is_file():
+            folder = folder.parent
+        check(dest.resolve() != folder, f"dest={dest} is the folder of the {key}: give another --dest")
     if not dest.exists():
         return
     found = sorted(path.name for path in dest.iterdir())
@@ -337,21 +383,6 @@ def check_dest(s):
     check(not is_other, f"{dest} has a run: give another --dest")
     hint = "give another --dest, or --overwrite to replace the files that are written there"
     check(s.overwrite or not found, f"{dest} has {', '.join(found[:6])}: {hint}")
-
-
-@contextlib.contextmanager
-def filling(dest):
-    """A new folder; once all files in it are whole, they take their places in dest."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as folder:
-        folder = Path(folder)
-        yield folder
-        dest.mkdir(exist_ok=True)
-        made = sorted(path.name for path in folder.iterdir())
-        for name in made:
-            (folder / name).replace(dest / name)
-        for name in DESCRIPTIONS - set(made):
-            (dest / name).unlink(missing_ok=True)
 
 
 def write_run(folder, ckpt, edits, metrics):
@@ -372,7 +403,8 @@ def main(argv):
     check_dest(s)
     dtype = s.dtype
     if is_run(s.source):
-        for key in ("layout", "n_head", "n_sense", "tokenizer", "trust_pickle"):
+        fixed = ("layout", "n_head", "n_sense", "tokenizer", "end_token", "trust_pickle", "revision")
+        for key in fixed:
             check(key not in given, f"{s.source} is a run: --{key} can't change it")
         ckpt, metrics = read_run(s.source)
         edits = []
@@ -383,7 +415,7 @@ def main(argv):
         metrics = []
     if dtype == "auto":
         dtype = "keep"
-    with filling(Path(s.dest)) as folder:
+    with filling(Path(s.dest), ("ckpt.pt", "config.json"), DESCRIPTIONS) as folder:
         if s.to == "run":
             ckpt["model"] = cast(ckpt["model"], dtype)
             write_run(folder, ckpt, edits, metrics)

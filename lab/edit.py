@@ -8,7 +8,10 @@ Edits of senses: list, add, remove and learn them. They leave the weights of the
     python sample.py --edits=my.json --start="He was born in Denver,"
 
     scale WORD SENSE FACTOR           multiplies the weight of a sense (or "all") of WORD (paper, 6.2)
-    swap WORD: FROM -> TO             what the senses of WORD say of FROM, they say of TO (6.3)
+    swap WORD: FROM -> TO             what the senses of WORD say of FROM, they say of TO, and vice versa;
+                                      TO gets 14 logits on top, or as many as "margin 20" behind it says,
+                                      since other words go on speaking for FROM (ours)
+    paper_swap WORD: FROM -> TO       the paper's formula, which takes away more than it gives (6.3)
     topic WORD[,WORD...] STRENGTH     gives more weight to senses that say these words: 1 to 3 (6.1),
                                       or 4 (ours): to few senses, and less to all others
     replace WORD SENSE by WORD SENSE  replaces one sense by another; in a file also by a "vector"

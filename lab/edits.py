@@ -8,18 +8,30 @@ come from anywhere, so check_edit looks at each before anything uses it.
 import math
 import re
 import reprlib
+from functools import cached_property
 
 import torch
 from tqdm import tqdm
 
 from configurator import UserError, check
-from lab.control import STRENGTHS, Edits, same_sum, sense_peaks, swapped, topic_weights
+from lab.control import (
+    MARGIN,
+    STRENGTHS,
+    Edits,
+    exchanged,
+    quiet_inverse,
+    same_sum,
+    sense_peaks,
+    swapped,
+    topic_weights,
+)
 from lab.files import read_json
 from lab.words import token_text, word_forms, word_id, word_ids
 
 FORMS = {  # an edit as text; the names in braces are the keys of its dict
     "scale": "{word} {sense} {factor}",
-    "swap": "{word}: {from} -> {to}",
+    "swap": "{word}: {from} -> {to} margin {margin}",  # as text also without "margin ..."
+    "paper_swap": "{word}: {from} -> {to}",
     "topic": "{words} {strength}",
     "replace": "{word} {sense} by {by} {by_sense}",  # or by a "vector", in a file
 }
@@ -65,6 +77,7 @@ VALUES = {  # of each key: whether a value will do, and what is expected
     "sense": (is_index, "the number of a sense"),
     "by_sense": (is_index, "the number of a sense"),
     "factor": (is_factor, f"a number from 0 to {LARGEST:g}"),
+    "margin": (is_factor, f"a number from 0 to {LARGEST:g}"),
     "strength": (is_strength, "1, 2, 3 or 4"),
     "vector": (is_vector, "a list of numbers"),
 }
@@ -101,9 +114,17 @@ def check_edits(value, where):
     if isinstance(value, dict):
         value = [value]
     check(isinstance(value, list), f"{where}: found {reprlib.repr(value)}, expected a list of edits")
-    for number, edit in enumerate(value, 1):
+    edits = [named_as_today(edit) for edit in value]
+    for number, edit in enumerate(edits, 1):
         check_edit(edit, f"{where}, edit {number}")
-    return value
+    return edits
+
+
+def named_as_today(edit):
+    """Files from before 2026-12 have no "margin" in a swap, as each was the paper's."""
+    if isinstance(edit, dict) and edit.get("edit") == "swap" and "margin" not in edit:
+        return edit | {"edit": "paper_swap"}
+    return edit
 
 
 def read_edits(path):
@@ -134,6 +155,8 @@ def parse_one(text):
         raise UserError(f"{where}: expected {forms}")
     pattern = re.sub(r"\{(\w+)\}", r'(?P<\1>"[^"]+"|\\S+)', FORMS[form])
     match = re.fullmatch(pattern, rest.strip())
+    if not match and form == "swap":
+        match = re.fullmatch(pattern, f"{rest.strip()} margin {MARGIN}")
     check(match, f"{where}: expected {form} {capitals(FORMS[form])}")
     edit = {"edit": form}
     for key, value in match.groupdict().items():
@@ -198,6 +221,11 @@ class ChangedSenses:
             return C
         return self.scale[token][:, None] * C + self.offset[token]
 
+    @cached_property
+    def inverse(self):
+        """quiet_inverse (D,D) of the embeddings."""
+        return quiet_inverse(self.E[: self.model.config.vocab_size])
+
     def multiply(self, token, sense, factor):
         """Multiply a sense of a token, or with slice(None) all of them."""
         if token not in self.scale:
@@ -242,11 +270,19 @@ def apply(edit, changed, tokenizer):
         sense = slice(None) if edit["sense"] == "all" else edit["sense"]
         for token in tokens:
             changed.multiply(token, sense, edit["factor"])
-    elif edit["edit"] == "swap":
-        E_from = changed.E[word_id(tokenizer, edit["from"])]  # (D,)
-        E_to = changed.E[word_id(tokenizer, edit["to"])]  # (D,)
+    elif edit["edit"] in ("swap", "paper_swap"):
+        from_token = word_id(tokenizer, edit["from"])
+        to_token = word_id(tokenizer, edit["to"])
+        E_from = changed.E[from_token]  # (D,)
+        E_to = changed.E[to_token]  # (D,)
         for token in tokens:
-            changed.replace(token, slice(None), swapped(changed.now(token), E_from, E_to))
+            C = changed.now(token)  # (K,D)
+            if edit["edit"] == "swap":
+                check(from_token != to_token, "FROM and TO are the same token")
+                C = exchanged(C, E_from, E_to, edit["margin"], changed.inverse)
+            else:
+                C = swapped(C, E_from, E_to)
+            changed.replace(token, slice(None), C)
     else:
         if "vector" in edit:
             check(len(edit["vector"]) == D, f"found {len(edit['vector'])} numbers, expected {D}")
@@ -266,6 +302,7 @@ def make_edits(model, tokenizer, edits, with_topics=True):
     """
     if not edits:
         return None
+    edits = check_edits(edits, "edits")
     check(model.config.n_sense, "a plain Transformer (n_sense=0) has no senses to edit")
     changed = ChangedSenses(model)
     topics = []  # of each its strength, and the first tokens of its words

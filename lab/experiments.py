@@ -6,12 +6,13 @@ The paper's experiments for the run at hand, as the paper's tables with 95% boot
     python -m lab.experiments --bias              he or she after a profession (section 6.2)
     python -m lab.experiments --topics            text about a topic (6.1)
     python -m lab.experiments --damage=edits.json what the first 1, 10, 100 edits do to other text
-    python -m lab.experiments --swaps             words whose next token a swap can turn, and how far
+    python -m lab.experiments --swaps             what swaps of words do that nobody chose
+    python -m lab.experiments --showpieces        words whose next token a swap can turn, and how far
     python -m lab.experiments --words             word perplexity, each document by itself
 
 This is the newest run in out/ unless --run=FOLDER says otherwise; --words also takes a Transformer.
---words and --swaps need a dataset. A difference within the intervals is none, and small models say nothing
-about large ones.
+--words, --swaps and --showpieces need a dataset. A difference within the intervals is none, and small
+models say nothing about large ones.
 """
 
 import math
@@ -27,12 +28,13 @@ from tqdm import tqdm
 
 from configurator import check, configure, run
 from lab.change import damage, other_text, validation_tokens
-from lab.control import STRENGTHS, EditedBackpack
+from lab.control import MARGIN, STRENGTHS, EditedBackpack
 from lab.edits import make_edits, read_edits
 from lab.files import read_json, read_text
 from lab.run import open_run
 from lab.senses import word_senses
-from lab.swaps import swaps
+from lab.showpieces import showpieces
+from lab.unchosen import unchosen
 from lab.words import word_id, word_ids
 from sample import prompt
 from tokenizer import require
@@ -48,15 +50,18 @@ class Settings:
     bias: bool = False  # he or she after a profession
     topics: bool = False  # generation about topics
     damage: str | None = None  # a JSON file of edits
-    swaps: bool = False  # candidates for swaps, from the first words of validation documents
+    swaps: bool = False  # swaps of words that nobody chose, at random places of validation text
+    showpieces: bool = False  # swaps that go far, from the first words of validation documents
     words: bool = False  # word perplexity, each document by itself
     prompts: str | None = None  # with bias or topics: a file of your own, like lab/stimuli.json
     transformer: str | None = None  # with bias: a run with n_sense=0, also with this tokenizer
-    top: int = 10  # with swaps: how many to show
-    num_samples: int = 20  # with topics or swaps: texts for each strength, or swap
+    n_swap: int = 200  # with swaps: how many to draw
+    margin: float = MARGIN  # with swaps: of the swap that is not the paper's
+    top: int = 10  # with showpieces: how many to show
+    num_samples: int = 20  # with topics or showpieces: texts for each strength, or swap
     max_new_tokens: int = 100  # with topics: their length
     n_bootstrap: int = 1000  # with lexical, bias or topics: samples for the intervals
-    dataset: str | None = None  # with damage, swaps or words: its val.bin; None: of the run's dataset
+    dataset: str | None = None  # whose val.bin is read; None: the run's dataset
     data_dir: str = "data"  # where datasets lie
     seed: int = 1337  # of all that is drawn
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
@@ -422,11 +427,12 @@ def main(argv):
         "bias": bias,
         "topics": topics,
         "damage": harm,
-        "swaps": swaps,
+        "swaps": unchosen,
+        "showpieces": showpieces,
         "words": word_perplexity,
     }
     asked = [name for name in tasks if getattr(s, name)]
-    check(asked, "give one of --lexical=FOLDER, --bias, --topics, --damage=FILE, --swaps, --words")
+    check(asked, "give one of " + ", ".join(f"--{name}" for name in tasks))
     r = open_run(s.run, s.device, senses=asked != ["words"])
     print(f"{r.path}: {r.base.num_params():,} parameters, step {r.ckpt['step']}")
     for name in asked:

@@ -9,10 +9,11 @@ import torch
 from configurator import UserError, check
 from lab.control import same_sum
 from lab.edits import describe, make_edits, read_edits
-from lab.files import read_json, read_text, write_text
+from lab.files import read_text, write_text
 from lab.layouts import published_config, to_layout
+from lab.tokenizer_json import for_transformers
 from model import Backpack
-from tokenizer import END, UNKNOWN, byte_characters, load_tokenizer, require
+from tokenizer import END, load_tokenizer, require
 
 HERE = Path(__file__).parent
 
@@ -52,19 +53,22 @@ def export(s, folder, ckpt, edits, metrics, dtype):
         for name, _ in model.named_buffers():  # transformers would load it as whatever lies in memory
             check(name in saved, f"the buffer {name} is not saved: register it with persistent=True")
         tensors, described = for_hf(ckpt, make_edits(model, tokenizer, edits), edits, dtype)
+        if tokenizer:
+            described |= special_ids(tokenizer)
     else:
         rows = ckpt["source"].get("rows") or model.config.vocab_size
         tensors = to_layout(ckpt["model"], model.config, s.to, rows)
         described = published_config(model.config, s.to, rows)
     write_text(folder / "config.json", json.dumps(described, indent=1))
     write_tensors(folder / "model.safetensors", cast(tensors, dtype))
-    generation = {}
     if tokenizer:
-        generation = write_tokenizer(folder, tokenizer, model.config.block_size)
+        write_tokenizer(folder, tokenizer, model.config.block_size)
     if s.to == "hf":
-        generation["max_length"] = model.config.block_size  # a pipeline's default goes beyond
+        generation = {"max_length": model.config.block_size}  # a pipeline's default goes beyond
+        if tokenizer:
+            generation |= special_ids(tokenizer)
         write_text(folder / "generation_config.json", json.dumps(generation, indent=1))
-        write_text(folder / "README.md", card(Path(s.source), ckpt, model, edits, metrics))
+        write_text(folder / "README.md", card(s, ckpt, model, tokenizer, edits, metrics))
         write_code(folder)
     for edit in edits:
         print(f"with the edit {describe(edit)}")
@@ -93,12 +97,15 @@ def write_code(folder):
 def for_hf(ckpt, made, edits, dtype):
     """(tensors, config.json) for transformers; made: the Edits of the list edits, or None."""
     tensors = {f"backpack.{name}": tensor for name, tensor in ckpt["model"].items()}
+    vocab_size = ckpt["config"]["vocab_size"]
+    tensors["backpack.wte.weight"] = tensors["backpack.wte.weight"][:vocab_size]  # without padding
     module = "modeling_backpack"
     described = ckpt["config"] | {
         "model_type": "nanobackpack",
         "architectures": ["BackpackForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{module}.BackpackConfig",
+            "AutoModel": f"{module}.BackpackModel",
             "AutoModelForCausalLM": f"{module}.BackpackForCausalLM",
             "AutoModelForSequenceClassification": f"{module}.BackpackForSequenceClassification",
         },
@@ -113,116 +120,32 @@ def for_hf(ckpt, made, edits, dtype):
 
 
 # -----------------------------------------------------------------------------
-# tokenizer.json, both ways
+# the tokenizer
 
-GPT2_WORDS = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
+
+ROLES = ("eos_token", "bos_token", "pad_token")  # of the token that ends a document
+
+
+def special_ids(tokenizer):
+    """What config.json and generation_config.json say of special tokens; characters have none."""
+    if tokenizer.end is None:
+        return {}
+    return {f"{role}_id": tokenizer.end for role in ROLES}
 
 
 def write_tokenizer(folder, tokenizer, block_size):
-    """Write tokenizer.json and tokenizer_config.json; returns the ids of the special tokens."""
-    roles = []
-    if tokenizer.end is not None:
-        roles = ["eos_token", "bos_token", "pad_token"]
-    described = dict.fromkeys(roles, END) | {
+    """Write tokenizer.json and tokenizer_config.json."""
+    described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_max_length": block_size,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if tokenizer.end is not None:
+        described |= dict.fromkeys(ROLES, tokenizer.spec.get("end", END))
     write_text(folder / "tokenizer.json", for_transformers(tokenizer))
     write_text(folder / "tokenizer_config.json", json.dumps(described, indent=1))
-    return {f"{role}_id": tokenizer.end for role in roles}
-
-
-def for_transformers(tokenizer):
-    """The text of a tokenizer.json that gives the same ids."""
-    tokenizers = require("tokenizers", "--to=hf")
-    spec = tokenizer.spec
-    if spec["kind"] == "bpe":
-        return json.dumps(spec["model"])
-    if spec["kind"] == "char":
-        ids = {char: i for i, char in enumerate(spec["chars"])}
-        codec = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, UNKNOWN))
-        each = tokenizers.Regex(r"[\s\S]")
-        codec.pre_tokenizer = tokenizers.pre_tokenizers.Split(each, "isolated")
-        codec.decoder = tokenizers.decoders.Fuse()
-        return codec.to_str()
-    character = {byte: char for char, byte in byte_characters().items()}
-    vocab = {}
-    for token, rank in tokenizer.codec._mergeable_ranks.items():
-        vocab["".join(character[byte] for byte in token)] = rank
-    merges = merges_of(vocab)
-    vocab[END] = tokenizer.end
-    codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
-    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    codec.decoder = tokenizers.decoders.ByteLevel()
-    codec.add_special_tokens([END])
-    return codec.to_str()
-
-
-def merges_of(vocab):
-    """The pairs that make the tokens of a BPE, {token: rank}, in order.
-
-    A token's own pair is what is left of it when its characters are merged, the lowest rank first.
-    """
-    merges = []
-    for token in sorted(vocab, key=vocab.get):
-        parts = list(token)
-        while len(parts) > 2:
-            ranks = [vocab.get(a + b, vocab[token]) for a, b in zip(parts, parts[1:])]
-            i = ranks.index(min(ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
-
-
-def from_transformers(path, vocab_size):
-    """The inverse: the spec of a tokenizer.json, which may come from anywhere.
-
-    UserError: it is damaged, of another kind than ours, or of another size than the weights.
-    """
-    parsed = read_json(path)
-    hint = "--tokenizer=none imports without it"
-    try:
-        spec = spec_of(parsed)
-        size = load_tokenizer(spec).vocab_size
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise UserError(f"{path} is not a tokenizer that we can read ({reason}); {hint}") from None
-    check(size == vocab_size, f"{path} has {size} tokens, the weights {vocab_size}; {hint}")
-    return spec
-
-
-def spec_of(parsed):
-    """See from_transformers. ValueError, or what Python raises where a part is missing: it is not ours."""
-    ids = parsed["model"]["vocab"]
-    tokens = sorted(ids, key=ids.get)
-    if [ids[token] for token in tokens] != list(range(len(ids))):
-        raise ValueError("its ids are not 0, 1, 2 and so on")
-    kind = parsed["model"]["type"]
-    if kind == "WordLevel":
-        if any(len(token) != 1 for token in tokens):
-            raise ValueError("some of its tokens are not one character")
-        return {"kind": "char", "chars": "".join(tokens)}
-    # the others are read by tiktoken, which has GPT-2's words only, and merges by rank
-    if kind != "BPE" or parsed["pre_tokenizer"] != GPT2_WORDS or parsed["normalizer"]:
-        raise ValueError(f"it is {kind}, and not a BPE with GPT-2's words")
-    given = [m.split(" ") if isinstance(m, str) else m for m in parsed["model"]["merges"]]
-    vocab = {token: id for token, id in ids.items() if token != END}
-    if not vocab.keys() >= byte_characters().keys() >= set("".join(vocab)) or END not in ids:
-        raise ValueError(f"it does not have all bytes and {END}")
-    if merges_of(vocab) != [tuple(pair) for pair in given]:
-        raise ValueError("its merges do not make its tokens")
-    # transformers may add these
-    parsed |= {"post_processor": None, "truncation": None, "padding": None}
-    return {"kind": "bpe", "model": parsed}
 
 
 # -----------------------------------------------------------------------------
@@ -232,16 +155,35 @@ HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [backpack]
----
+{license}---
 """
 
-USE = """    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-    inputs = tokenizer("The river", return_tensors="pt")
-    output = model(**inputs, output_senses=True, output_contextualization=True)
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-Each token has sense vectors that don't depend on context, `output.senses`; the logits are linear in
-their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
+folder = {folder!r}  # a path, or a name on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+output = model(**inputs, output_senses=True, output_contextualization=True)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+"""
+
+# of a model that came without a tokenizer
+USE_IDS = """```python
+import torch
+from transformers import AutoModelForCausalLM
+
+folder = {folder!r}  # a path, or a name on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+input_ids = torch.tensor([[0, 1, 2]])
+output = model(input_ids, output_senses=True, output_contextualization=True)
+```
+"""
+
+ABOUT = """Each token has sense vectors that don't depend on context, `output.senses`; the logits are
+linear in their sum, weighted by `output.contextualization` (Hewitt et al., ACL 2023, arXiv 2305.16765).
 `AutoModelForSequenceClassification` puts a new head, to be trained, on the sum at a text's last token.
 
 **Limits**: the model says what its training text made likely, true or not, with the biases of that
@@ -254,8 +196,19 @@ RECIPE += ("muon_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout")
 RECIPE += ("transformer_share", "init_std", "seed")
 
 
-def card(path, ckpt, model, edits, metrics):
+def use(folder, tokenizer):
+    """The lines of Python that load a folder and call the model."""
+    if tokenizer is None:
+        return USE_IDS.format(folder=folder)
+    prompt = "The river"
+    if tokenizer.spec["kind"] == "char":  # others might be unknown
+        prompt = tokenizer.spec["chars"][-6:]
+    return USE.format(folder=folder, prompt=prompt)
+
+
+def card(s, ckpt, model, tokenizer, edits, metrics):
     """The text of README.md, from what a checkpoint and the records of its training say."""
+    path = Path(s.source)
     c = model.config
     source = ckpt["source"]
     meta = ckpt["meta"]
@@ -289,4 +242,6 @@ def card(path, ckpt, model, edits, metrics):
     if edits:
         applied = "; ".join(describe(edit) for edit in edits)
         parts.append(f"**Edits** of its senses, applied here: {applied}.")
-    return HEADER + "\n\n".join([*parts, USE])
+    license = f"license: {s.license}\n" if s.license else ""
+    header = HEADER.format(license=license)
+    return header + "\n\n".join([*parts, use(Path(s.dest).name, tokenizer) + ABOUT])

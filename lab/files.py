@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from configurator import UserError, check
@@ -42,17 +43,24 @@ def read_jsonl(path):
     return values
 
 
+# what runs and exports have, in kinds that other results may have, too
+RUN_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "meta.json")
+
+
 def expect_place(path, suffixes=None):
     """Ask, before long work, whether its result may go to path. UserError: it may not.
 
-    It replaces nothing but a regular file. suffixes: the endings that a file of this kind has.
+    It replaces nothing but a regular file, so no link, either. suffixes: the endings that a file of this
+    kind has.
     """
     path = Path(path)
     if suffixes:
         endings = " or ".join(suffixes)
         check(path.suffix.lower() in suffixes, f"{path}: expected a name that ends in {endings}")
+        check(path.name not in RUN_FILES, f"{path}: a file of this name belongs to a run or an export")
+    check(not path.is_symlink(), f"{path} is a link, and not a file to replace: give the name of the file")
     check(path.is_file() or not path.exists(), f"{path} is there, and is not a file to replace")
-    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     check(folder.is_dir(), f"{path}: {folder} is not a folder")
     check(os.access(folder, os.W_OK), f"{path}: nothing may be written in {folder}")
 
@@ -64,19 +72,38 @@ def replacing(path):
     UserError: that failed, as on a full disk. Then path is as before, and nothing is left behind.
     """
     expect_place(path)
-    target = Path(path).resolve()  # so that a link stays a link
-    temporary = target.with_name(f".{secrets.token_hex(8)}.partial")
+    path = Path(path)
+    # "x" opens no file that is there, and follows no link
+    temporary = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file, contextlib.ExitStack() as stack:
+            stack.callback(temporary.unlink, missing_ok=True)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filling(folder, whole, leftovers):
+    """A new folder; once all files in it are whole, they take their places in folder.
+
+    whole: names of files without which folder is nothing that can be loaded; leftovers: names of files
+    that describe what was there before. Both go first, and of the new files the whole ones come last: at
+    any moment there is what was before, nothing to load, or what is new.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+        made = Path(made)
+        yield made
+        folder.mkdir(exist_ok=True)
+        for name in [*whole, *leftovers]:
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(made.iterdir(), key=lambda path: path.name in whole):
+            path.replace(folder / path.name)
 
 
 def write_text(path, text):

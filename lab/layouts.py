@@ -1,7 +1,7 @@
 """
-Names of tensors in published checkpoints: the Backpacks of Hugging Face and Levanter, GPT-2, and the files
-of the paper's authors (by PyTorch Lightning). The layout "hf" is our own, which lab.convert writes for
-transformers: our names after "backpack.".
+Names of tensors in published checkpoints: the Backpacks of Hugging Face and Levanter, GPT-2, the files of
+the paper's authors (by PyTorch Lightning), and nanoGPT's. The layout "hf" is our own, which lab.convert
+writes for transformers: our names after "backpack.".
 """
 
 import torch
@@ -9,7 +9,8 @@ import torch
 from configurator import UserError, check
 
 LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
-WITHOUT_SENSES = ("gpt2", "lightning-gpt2")
+READ_ONLY = ("nanogpt",)
+WITHOUT_SENSES = ("gpt2", "lightning-gpt2", "nanogpt")
 
 # our modules that have a matrix: their names in Hugging Face's layouts, and in Lightning's
 BLOCK = {
@@ -41,7 +42,8 @@ def module_names(layout, n_layer):
     if layout.startswith("lightning"):
         yield from lightning_names(n_layer, with_senses)
     else:
-        yield from hugging_face_names(n_layer, with_senses)
+        for ours, theirs, is_conv1d in hugging_face_names(n_layer, with_senses):
+            yield ours, theirs, is_conv1d and layout != "nanogpt"  # which has Linear throughout
 
 
 def hugging_face_names(n_layer, with_senses):
@@ -81,11 +83,11 @@ def lightning_names(n_layer, with_senses):
         yield "sense_qk", f"{base}contextualization_attn.Wqkv", False
 
 
-def tensor_names(layout, n_layer):
+def tensor_names(layout, n_layer, with_bias=True):
     """Yield (our tensor, the layout's, whether it is transposed) for all."""
     for ours, theirs, transposed in module_names(layout, n_layer):
         yield f"{ours}.weight", f"{theirs}.weight", transposed
-        if ours not in ("wte", "wpe"):
+        if with_bias and ours not in ("wte", "wpe"):
             yield f"{ours}.bias", f"{theirs}.bias", False
 
 
@@ -131,8 +133,10 @@ def detect(tensors):
             "these tensors may be Hugging Face's or Levanter's, which divides the sum of senses by "
             "their number: give --layout=backpack-gpt2 or --layout=levanter"
         )
-    if any(name.endswith("h.0.attn.c_attn.weight") for name in tensors):
-        return "gpt2"
+    for name, tensor in tensors.items():
+        if name.endswith("h.0.attn.c_attn.weight"):
+            rows, columns = expect_dimensions("a matrix", tensor).shape
+            return "gpt2" if rows < columns else "nanogpt"  # (D,3D) of Conv1D, (3D,D) of Linear
     if "backpack.blocks.0.attn.qkv.weight" in tensors:
         return "hf"
     layouts = ", ".join(LAYOUTS)
@@ -153,8 +157,12 @@ def to_ours(tensors, layout):
     if layout == "hf":
         return from_hf(tensors)
     tensors = dict(tensors)
-    if layout == "gpt2":  # some files have this prefix
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if layout in ("gpt2", "nanogpt"):
+        # some files have these prefixes, the first one from torch.compile
+        tensors = {
+            name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
+            for name, tensor in tensors.items()
+        }
     dropped = []
     for alias, first in aliases(layout).items():
         if alias in tensors:
@@ -171,7 +179,8 @@ def to_ours(tensors, layout):
     state = {}
     missing = []
     n_layer = sum(name.endswith((".attn.c_attn.weight", ".mixer.Wqkv.weight")) for name in tensors)
-    for ours, theirs, transposed in tensor_names(layout, n_layer):
+    with_bias = layout != "nanogpt" or "ln_f.bias" in tensors
+    for ours, theirs, transposed in tensor_names(layout, n_layer, with_bias):
         if theirs not in tensors:
             missing.append(theirs)
             continue
@@ -194,7 +203,11 @@ def from_hf(tensors):
     state = {}
     dropped = []
     for name, tensor in tensors.items():
-        if name.startswith("backpack.edits."):  # made again from the list of edits
+        if name == "lm_head.weight":  # E again, where a tool saved both
+            tied = torch.equal(tensor, tensors["backpack.wte.weight"])
+            check(tied, f"layout hf: {name} is not backpack.wte.weight, with which a Backpack ties it")
+            dropped.append(name)
+        elif name.startswith("backpack.edits."):  # made again from the list of edits
             dropped.append(name)
         else:
             state[name.removeprefix("backpack.")] = tensor
@@ -249,13 +262,21 @@ def to_layout(state, config, layout, rows):
 # -----------------------------------------------------------------------------
 # config.json
 
-GPT2_ROWS = (50257, 50264)  # GPT-2's tokens, and padded to a multiple of 8
+GPT2_ROWS = (50257, 50264, 50304)  # GPT-2's tokens, and padded to a multiple of 8, or of 64 (nanoGPT)
 
 # n_head of the published sizes (n_layer, n_embd), as no tensor shows it
 HEADS = {(6, 384): 6, (8, 640): 8, (12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
 
+# whether GELU is exact, by the names of transformers
+GELU = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}
+
 # settings of others that model.py has no choice of
-FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
 
 
 def infer_config(state, described, layout, n_head=None, n_sense=0):
@@ -267,11 +288,14 @@ def infer_config(state, described, layout, n_head=None, n_sense=0):
     for key, value in FIXED.items():
         found = described.get(key, value)
         check(found == value, f"{key}: found {found!r}, expected {value!r}, as model.py has")
+    activation = described.get("activation_function", "gelu" if layout == "nanogpt" else "gelu_new")
+    known = ", ".join(GELU)
+    check(activation in list(GELU), f"activation_function: found {activation!r}, expected one of {known}")
     rows, D = state["wte.weight"].shape
     n_layer = sum(name.endswith("attn.qkv.weight") for name in state)
     n_head = n_head or described.get("n_head") or HEADS.get((n_layer, D))
     check(n_head, f"no tensor shows the number of heads (width {D}): give --n_head")
-    scaled = described.get("scale_attn_by_inverse_layer_idx", layout != "gpt2")
+    scaled = described.get("scale_attn_by_inverse_layer_idx", layout not in ("gpt2", "nanogpt"))
     config = {
         "block_size": len(state["wpe.weight"]),
         "vocab_size": described.get("vocab_size") or rows,
@@ -280,9 +304,9 @@ def infer_config(state, described, layout, n_head=None, n_sense=0):
         "n_embd": D,
         "n_sense": n_sense,
         "inverse_layer_scale": scaled,
+        "bias": "ln_f.bias" in state,
+        "exact_gelu": GELU[activation],
     }
-    if rows in GPT2_ROWS:
-        config["vocab_size"] = GPT2_ROWS[0]
     if "sense_qk.weight" in state:
         config["n_sense"] = len(state["sense_network.mlp_out.proj.bias"]) // D
         ratio = len(state["sense_network.mlp.fc.bias"]) // D
@@ -305,5 +329,6 @@ def published_config(config, layout, rows):
         "num_senses": config.n_sense,
         "sense_intermediate_scale": config.sense_out_ratio or config.sense_mlp_ratio,
         "scale_attn_by_inverse_layer_idx": config.inverse_layer_scale,
+        "activation_function": "gelu" if config.exact_gelu else "gelu_new",
         **FIXED,
     }

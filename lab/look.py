@@ -38,7 +38,7 @@ from lab.senses import (
     top_tokens,
     word_senses,
 )
-from lab.words import token_text, word_forms, word_id, word_ids
+from lab.words import token_string, token_text, word_forms, word_id, word_ids
 
 
 @dataclass
@@ -180,7 +180,7 @@ def show_who(r, word, n, shown):
 def show_roles(r, n, shown, most=1000):
     """What a sense does whatever the word, over the words that a BPE learned first: the frequent ones."""
     ids = range(r.model.config.vocab_size)
-    words = [i for i in ids if re.fullmatch(" [a-z]{4,}", r.tokenizer.decode([i]))]
+    words = [i for i in ids if re.fullmatch(" [a-z]{4,}", token_string(r.tokenizer, i))]
     check(words, "--roles wants words of four letters or more, and no token here is one")
     idx = torch.tensor(words[:most], device=r.device)  # (N,)
     parts = []

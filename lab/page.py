@@ -3,7 +3,8 @@ The page of `python -m lab.look --html=FILE`: the model itself, to look into and
 
 It is page.html with data: the weights in half precision, the tokenizer, a finished first example, and the
 guided minute of tour.json, if this model does what that says. A run whose page would have more than LIMIT
-bytes gets a page of tables, report.html: of frequent words and one text.
+bytes, or whose tokenizer or GELU the page does not know, gets a page of tables, report.html: of frequent
+words and one text.
 """
 
 import base64
@@ -17,11 +18,11 @@ import torch
 
 from configurator import UserError
 from lab.change import next_p
-from lab.control import STRENGTHS, EditedBackpack, sense_peaks
+from lab.control import MARGIN, STRENGTHS, EditedBackpack, quiet_inverse, sense_peaks
 from lab.edits import make_edits, peaks_progress, summary
 from lab.files import read_json, read_text, write_text
 from lab.senses import attribution, says, text_ids, word_senses
-from lab.words import token_text, word_ids
+from lab.words import token_string, token_text, word_ids
 from tokenizer import byte_characters
 
 FOLDER = Path(__file__).parent
@@ -39,12 +40,16 @@ def write_page(path, r, words, text):
 def make_page(r, words=(), text=""):
     """The HTML that write_page writes."""
     weights = [p.half().cpu().numpy().ravel() for p in r.base.state_dict().values()]
-    if sum(w.nbytes for w in weights) > LIMIT:  # base64 adds a third, zlib takes less off
+    too_large = sum(w.nbytes for w in weights) > LIMIT  # base64 adds a third, zlib takes less off
+    unknown = r.tokenizer.spec["kind"] == "library" or r.base.config.exact_gelu
+    if too_large or unknown:
         return make_table_page(r, words, text)
     peaks = sense_peaks(r.base, peaks_progress).cpu().numpy()  # (V,K)
     html = read_text(FOLDER / "page.html")
     html = html.replace("/*WEIGHTS*/", packed(np.concatenate(weights)))
     html = html.replace("/*PEAKS*/", packed(peaks))
+    inverse = quiet_inverse(r.base.wte.weight[: r.base.config.vocab_size])  # (D,D)
+    html = html.replace("/*INVERSE*/", packed(inverse.cpu().contiguous().numpy()))
     html = with_data(html, page_data(r, words, text))
     if len(html.encode()) > LIMIT:
         return make_table_page(r, words, text)
@@ -90,6 +95,7 @@ def page_data(r, words, text):
         "config": asdict(config),
         "tensors": [[name, p.numel()] for name, p in r.base.state_dict().items()],
         "strengths": STRENGTHS,
+        "margin": MARGIN,
         "kind": r.tokenizer.spec["kind"],
         "tokens": token_names(r.tokenizer),
         "end": r.tokenizer.end,
@@ -198,7 +204,7 @@ def make_table_page(r, words, text):
     Words: those asked for, then all tokens in the order in which a BPE learned them, so frequent ones
     first, until they have TABLE_LIMIT bytes.
     """
-    tokens = [r.tokenizer.decode([i]) for i in range(r.model.config.vocab_size)]
+    tokens = [token_string(r.tokenizer, i) for i in range(r.model.config.vocab_size)]
     frequent = [f'"{token}"' for token in tokens if token.strip(" ").isalpha()]
     title = str(r.path)
     if r.edits:

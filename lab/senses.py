@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import check
-from lab.words import word_ids
+from lab.words import token_string, word_ids
 
 
 def text_ids(r, text, most):
@@ -60,7 +60,7 @@ def readable_tokens(tokenizer, V):
     """
     shown = torch.zeros(V, dtype=torch.bool)
     for i in range(V):
-        token = tokenizer.decode([i])
+        token = token_string(tokenizer, i)
         is_text = token.isprintable() and "\ufffd" not in token and token.strip() != ""
         is_part = token[:1].isalnum() and not token[:1].isupper()
         shown[i] = is_text and not is_part
@@ -85,7 +85,7 @@ def coherence(model, tokenizer, top):
     The mean product of two of their directions. A token of fewer than three letters is like no other.
     """
     n = top.size(1)
-    texts = [tokenizer.decode([i]) for i in top.flatten().tolist()]
+    texts = [token_string(tokenizer, i) for i in top.flatten().tolist()]
     n_letters = [len(re.findall(r"[^\W\d_]", text)) for text in texts]
     is_word = torch.tensor(n_letters, device=top.device).view(-1, n) > 2  # (K,n)
     e = directions(model)[top]  # (K,n,D)

@@ -1,5 +1,7 @@
 """Words <-> token ids, where a model is asked about a word."""
 
+import numpy as np
+
 from configurator import UserError, check
 
 
@@ -8,17 +10,27 @@ def word_ids(tokenizer, word):
     The ids of a word as it occurs within a text: with a space before it (paper, section 5.2).
 
     No space is added for a char vocabulary, nor where one (or the dot that we print) is there, nor for a
-    "word" in double quotes, which stands for exactly what they enclose. UserError: it is empty.
+    "word" in double quotes, which stands for exactly what they enclose, nor where the tokenizer adds it.
+    UserError: it is empty.
     """
     if is_quoted(word):
         text = word[1:-1]
     elif tokenizer.end is None:
         text = word
     else:
-        text = " " + word.removeprefix("\u00b7").removeprefix(" ")
+        text = word.removeprefix("\u00b7").removeprefix(" ")
+        if not adds_space(tokenizer):
+            text = " " + text
     ids = tokenizer.encode(text).tolist()
     check(ids and word.strip(), f"{word!r} is not a word")
     return ids
+
+
+def adds_space(tokenizer):
+    """Whether a word at the start of a text has the ids that it has within a text, as in a WordPiece."""
+    first = tokenizer.encode("in")
+    both = tokenizer.encode("in the")
+    return np.array_equal(both[len(first) :], tokenizer.encode("the"))
 
 
 def is_quoted(word):
@@ -49,6 +61,14 @@ def word_forms(tokenizer, word):
     return forms
 
 
+def token_string(tokenizer, id):
+    """The text of a token where it goes on a text, so with the space before a word."""
+    if tokenizer.end is None:
+        return tokenizer.decode([id])
+    before = tokenizer.decode([tokenizer.end])
+    return tokenizer.decode([tokenizer.end, id]).removeprefix(before)
+
+
 def token_text(tokenizer, id):
     """A token as text to print: on one line, with dots for spaces."""
-    return repr(tokenizer.decode([id]))[1:-1].replace(" ", "\u00b7")
+    return repr(token_string(tokenizer, id))[1:-1].replace(" ", "\u00b7")

@@ -16,7 +16,7 @@ from model import Backpack, BackpackConfig
 from tokenizer import load_tokenizer
 
 CHARS = load_tokenizer({"kind": "char", "chars": "abcdefgh"})
-ALL = "swap a: b -> c; scale a 1 0.5; topic d,e 2; replace f 0 by g 2; topic b 1"
+ALL = "swap a: b -> c margin 2; scale a 1 0.5; topic d,e 2; replace f 0 by g 2; topic b 1"
 SIZES = {"block_size": 12, "vocab_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_sense": 4}
 
 
@@ -60,16 +60,52 @@ def test_edits_of_other_tokens_leave_logits_bit_for_bit():
     assert torch.equal(logits, model(idx)[0])
 
 
-def test_swap_is_the_equation():
+def test_paper_swap_is_the_equation():
     model = tiny()
     C = model.senses(torch.tensor(0))
     a, r = model.wte.weight[2].tolist(), model.wte.weight[1].tolist()
-    now = edited(model, "swap a: b -> c").senses(torch.tensor(0))
+    now = edited(model, "paper_swap a: b -> c").senses(torch.tensor(0))
     for l in range(4):
         phi = sum(x * x for x in a) / sum(x * x for x in r)
         share = sum(c * x for c, x in zip(C[l].tolist(), r)) / sum(x * x for x in r)
         want = [c + share * (x / phi - y) for c, x, y in zip(C[l].tolist(), a, r)]
         assert torch.allclose(now[l], torch.tensor(want, dtype=torch.float64), rtol=1e-12)
+
+
+def test_swap_exchanges_what_senses_say_and_disturbs_least():
+    """Another vector that gives the same two logits makes more difference to the other ones."""
+    model = tiny(vocab_size=72)
+    E = model.wte.weight
+    generator = torch.Generator().manual_seed(0)
+    n_changed = 0
+    for word in range(3, 8):
+        name = CHARS.decode([word])
+        C = model.senses(torch.tensor(word))  # (K,D)
+        now = edited(model, f"swap {name}: b -> c margin 2").senses(torch.tensor(word))
+        said = [float(E[1] @ C[l]) for l in range(4)]
+        for l in range(4):
+            if said[l] <= 0:
+                assert torch.equal(now[l], C[l])
+                continue
+            n_changed += 1
+            to = float(E[2] @ C[l])
+            share_of_margin = 2 * said[l] / sum(x for x in said if x > 0)
+            assert float(E[2] @ now[l]) == pytest.approx(max(to, said[l] + share_of_margin))
+            assert float(E[1] @ now[l]) == pytest.approx(min(said[l], to))
+            v = now[l] - C[l]
+            for _ in range(20):
+                w = torch.randn(16, generator=generator, dtype=torch.float64)
+                both = torch.linalg.qr(E[[1, 2]].T).Q  # (D,2)
+                w = 0.1 * (w - both @ (both.T @ w))  # it changes neither logit
+                assert (E @ (v + w)).var() > (E @ v).var()
+    assert 5 < n_changed < 20
+
+
+def test_a_swap_of_what_no_sense_says_changes_nothing():
+    model = tiny()
+    model.wte.weight[1] = 0
+    now = edited(model, "swap a: b -> c").senses(torch.tensor(0))
+    assert torch.equal(now, model.senses(torch.tensor(0)))
 
 
 def test_vectors_come_first_each_upon_those_before_and_factors_multiply():

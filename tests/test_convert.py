@@ -1,8 +1,11 @@
 """lab.convert: what it reads of others and executes nothing of, and what it writes where."""
 
+import contextlib
 import json
 import math
 import pickle
+from pathlib import Path
+from typing import Tuple  # noqa: UP035
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ from test_layouts import CONFIG, SIZES, D, V, imported, random_hf, refused, save
 
 from configurator import UserError
 from lab import convert, export
+from lab.files import filling
 from lab.layouts import to_layout
+from lab.run import open_run
 from model import Backpack, BackpackConfig, load_checkpoint
+from prepare_data import given_tokenizer
 
 # -----------------------------------------------------------------------------
 # what others publish
@@ -47,14 +53,53 @@ def test_lightning_is_read_and_nothing_executed(tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run")["model"]["wte.weight"].dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_a_program_of_torch_jit_is_not_run(tmp_path):
-    folder = source(tmp_path / "hf", {})
-    program = torch.jit.script(torch.nn.Linear(2, 2))
-    torch.jit.save(program, folder / "pytorch_model.bin")
-    for how in ("--trust_pickle=False", "--trust_pickle=True"):
-        with pytest.raises(UserError, match="is a program of torch.jit, which is not executed"):
-            imported(tmp_path, folder, how)
+class Program(torch.nn.Module):
+    """In TorchScript, it makes a file 16 bytes long when it is loaded."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+        self.x = torch.ones(1)
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[str, bool]):  # noqa: UP006  # TorchScript knows no other
+        self.path = state[0]
+        self.training = state[1]
+        self.x = torch.from_file(self.path, True, 4)
+
+
+def read_by_convert(path, *args):
+    convert.main([f"--source={path}", f"--dest={path.parent / 'run'}", *args])
+
+
+READERS = {  # of weights that may be foreign: the name of a file, and what reads it
+    "a file": ("x.ckpt", read_by_convert),
+    "a pickle that is trusted": ("x.bin", lambda path: read_by_convert(path, "--trust_pickle")),
+    "a folder": ("pytorch_model.bin", lambda path: read_by_convert(path.parent)),
+    "a checkpoint": ("x.pt", read_by_convert),
+    "a folder with a checkpoint": ("ckpt.pt", lambda path: read_by_convert(path.parent)),
+    "a run": ("ckpt.pt", lambda path: open_run(path.parent, "cpu")),
+    "a tokenizer": ("ckpt.pt", lambda path: given_tokenizer(path.parent)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*orch")
+@pytest.mark.parametrize("reader", READERS)
+def test_a_program_of_torch_jit_is_not_run(tmp_path, reader):
+    name, read = READERS[reader]
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    torch.jit.save(torch.jit.script(Program(str(victim))), tmp_path / name)
+    with pytest.raises((UserError, OSError), match="torch.jit|TorchScript"):
+        read(tmp_path / name)
+    assert victim.read_text() == "mine"
+    if reader == "a file":  # is there a danger at all?
+        torch.load(tmp_path / name, weights_only=False)
+        assert victim.stat().st_size == 16
 
 
 @torch.no_grad()
@@ -110,13 +155,14 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         ({"n_head": 5}, (), "n_embd=24 must be divisible by n_head=5"),
         ({"n_head": None}, (), "no tensor shows the number of heads .*: give --n_head"),
         ({"vocab_size": 10**6}, (), "wte.weight has 40 rows, fewer than a vocabulary of 1000000"),
-        ({}, ("--tokenizer=gpt2",), "wte.weight has 40 rows, fewer than a vocabulary of 50257"),
+        ({}, ("--tokenizer=gpt2",), "the tokenizer has 50257 tokens, but wte.weight 40 rows"),
         ({"layout": "what"}, (), "unknown layout 'what'"),
         ({"scale_attn_by_inverse_layer_idx": 1}, (), "inverse_layer_scale=1 of .*: expected bool"),
-        ({"activation_function": "relu"}, (), "found 'relu', expected 'gelu_new', as model.py has"),
+        ({"activation_function": "relu"}, (), "found 'relu', expected one of gelu_new, gelu_py"),
+        ({"activation_function": []}, (), r"found \[\], expected one of gelu_new"),
         ({"edits": {"list": [1]}}, (), "config.json, edits, edit 1: found 1, expected an object"),
         ({}, ("--layout=hf",), "layout hf: backpack.wte.weight is missing"),
-        ({}, ("--n_sense=4",), "n_sense=4 is for gpt2 and lightning-gpt2, found backpack-gpt2"),
+        ({}, ("--n_sense=4",), "n_sense=4 is for gpt2 and lightning-gpt2 and nanogpt, found backpack-gpt2"),
     ],
 )
 def test_settings_that_describe_no_network(tmp_path, changes, args, message):
@@ -200,3 +246,72 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
         convert.main([*args, "--overwrite"])
     assert files_in(tmp_path / "hf") == before
     assert {path.name for path in tmp_path.iterdir()} == {"run", "hf"}
+
+
+def test_what_is_read_is_not_replaced(tmp_path):
+    """Neither the source, nor edits or a tokenizer that lie where the result would go."""
+    run = save_run(tmp_path / "run", Backpack(BackpackConfig(**SIZES)))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "edits.json").write_text("[]")
+    (out / "tokenizer.json").write_text("{}")
+    (tmp_path / "link").symlink_to(run)
+    before = files_in(out) | files_in(run)
+    for args, message in (
+        ([f"--dest={tmp_path / 'link'}"], "is the folder of the source"),
+        ([f"--dest={out}", f"--edits={out / 'edits.json'}", "--to=hf"], "is the folder of the edits"),
+        ([f"--dest={out}", f"--tokenizer={out}"], "is the folder of the tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.main([f"--source={run}", "--overwrite", *args])
+    assert files_in(out) | files_in(run) == before
+
+
+def test_a_folder_that_was_half_filled_is_nothing(tmp_path, monkeypatch):
+    """Wherever it stops while files take their places, there is the old, none, or the new."""
+    old = {"main": b"old", "part": b"old", "log": b"old", "notes": b"of the user"}
+    new = {"main": b"new", "part": b"new", "more": b"new"}
+    real = Path.replace
+    found = []
+    for steps in range(4):
+        folder = tmp_path / f"{steps}"
+        folder.mkdir()
+        for name, content in old.items():
+            (folder / name).write_bytes(content)
+        left = [None] * steps
+
+        def replace(path, target, left=left):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return real(path, target)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", replace)
+            with filling(folder, ["main"], ["log"]) as made:
+                for name, content in new.items():
+                    (made / name).write_bytes(content)
+        found.append(files_in(folder))
+    assert [files.get("main") for files in found] == [None, None, None, b"new"]
+    assert found[-1] == new | {"notes": b"of the user"}
+    assert all(files["notes"] == b"of the user" and "log" not in files for files in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+
+
+def test_a_commit_of_the_hub_is_recorded(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    folder = source(tmp_path / ("3f" * 20), random_hf())
+    asked = []
+
+    def download(source, revision, allow_patterns):
+        asked.append((source, revision))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    convert.main(["--source=owner/name", "--revision=v1", f"--dest={tmp_path / 'run'}"])
+    assert set(asked) == {("owner/name", "v1")}
+    for about in (load_checkpoint(tmp_path / "run"), json.loads((tmp_path / "run/config.json").read_text())):
+        assert about["source"]["name"] == "owner/name"
+        assert about["source"]["commit"] == "3f" * 20
+    with pytest.raises(UserError, match="is not of the Hub: --revision has no effect"):
+        convert.main([f"--source={folder}", "--revision=v1", f"--dest={tmp_path / 'other'}"])

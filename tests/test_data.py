@@ -91,7 +91,7 @@ def test_the_default_dataset(tmp_path, capsys):
     assert not set(train + val) & set("*_#\\")
     assert meta["documents"] == 38
     assert meta["unknown_characters"] == 0
-    assert meta["bytes"] == len((train + val).encode())
+    assert meta["bytes"] == len((train + val).encode()) - 2 * 76  # blank lines after 38 texts each
     assert 0.09 < len(val) / len(train + val) < 0.11
     before = (folder / "train.bin").stat().st_mtime_ns
     prepare(tmp_path, "shakespeare_char")
@@ -137,6 +137,30 @@ def test_hub_datasets_from_local_files(tmp_path, capsys):
     assert other[2]["vocab_size"] > 300
 
 
+def test_a_revision_is_loaded_and_recorded(tmp_path, monkeypatch):
+    """Also the commit that it was; the Hub is played by a local folder here."""
+    import datasets
+
+    write(tmp_path / "in/a.jsonl", "".join(json.dumps({"body": text}) + "\n" for text in lines(4000)))
+    real = datasets.load_dataset_builder
+    asked = []
+
+    def played(path, subset, revision):
+        asked.append((path, revision))
+        builder = real(str(tmp_path / "in"), subset)
+        builder.config.data_files["train"].origin_metadata = [("owner/name", "3f" * 20)] * 2
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", played)
+    settings = {"tokenizer": "char", "column": "body", "revision": "v1"}
+    _, _, meta = prepare(tmp_path, "openwebtext", **settings)
+    assert asked == [("Skylion007/openwebtext", "v1")]
+    assert meta["source"]["revision"] == "v1"
+    assert meta["loaded"] == ["owner/name at commit " + "3f" * 20]
+    with pytest.raises(UserError, match="was made with revision='v1', not 'v2'"):
+        prepare(tmp_path, "openwebtext", **settings | {"revision": "v2"})
+
+
 def test_a_file_takes_the_place_of_a_hub_dataset(tmp_path):
     texts = lines(400)
     path = write(tmp_path / "w.txt.xz", lzma.compress("\n\n".join(texts).encode()))
@@ -169,6 +193,28 @@ def test_every_document_comes_back_from_every_format(tmp_path, tokenizer):
     again, _, _ = prepare(tmp_path, "again", **settings)
     # which documents are for validation does not depend on their order
     assert sorted(documents(again)) == sorted(documents(train))
+
+
+def test_rows_of_parquet_are_rows_of_jsonl(tmp_path, capsys):
+    """The very same files of ids; --column names the field."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    texts = [*lines(300), None, "two\n\nparts\r\n", f"a{END}b", "", *STRANGE]
+    rows = [{"id": i, "body": text} for i, text in enumerate(texts)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=50)
+    write(tmp_path / "in/t.ndjson", "".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"tokenizer": "bpe", "vocab_size": 400, "column": "body", "val_fraction": 0.1}
+    for name, path in (("a", tmp_path / "t.parquet"), ("b", tmp_path / "in")):
+        prepare(tmp_path, name, input=path, **settings)
+        assert "skipped 1 rows whose text is null" in capsys.readouterr().out
+    for name in ("train.bin", "val.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    message = "t.parquet, row 1: expected .*text.*ArrowInvalid"
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path, "c", input=tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="t.parquet, row 1: expected .*id.*no text"):
+        prepare(tmp_path, "c", input=tmp_path / "t.parquet", column="id")
 
 
 @pytest.mark.parametrize("num_proc", [1, 3])
@@ -226,7 +272,7 @@ def test_null_and_half_a_surrogate_pair(tmp_path, capsys):
     assert "\\ud83d\\ude00" in path.read_text()  # as a pair
     found = prepare_data.read_documents(path, "file")
     assert found == [*lines(30), "cut \ufffd", "whole \U0001f600"]
-    assert "t.jsonl: skipped 2 lines whose text is null" in capsys.readouterr().out
+    assert "t.jsonl: skipped 2 rows whose text is null" in capsys.readouterr().out
 
 
 # ---- validation
@@ -326,7 +372,9 @@ def test_what_is_taken_from_a_folder(tmp_path, capsys):
     "name, content, message",
     [
         ("t.csv", "a,b", "t.csv is not plain text: write it as .jsonl"),
-        ("t.parquet", "PAR1", "t.parquet is not plain text: write it as .jsonl"),
+        ("t.parquet", "PAR1", "t.parquet, row 1: expected"),
+        ("t.xml", "<a>", "t.xml is not plain text: save it as plain text"),
+        ("t.warc.gz", "", "t.warc.gz is not plain text: unpack it"),
         ("t.JSON.gz", "{}", "t.JSON.gz is not plain text: write it as .jsonl"),
         ("t.epub", "PK", "t.epub is not plain text: save it as plain text (.txt)"),
         ("t.txt.zst", "", "t.txt.zst is not plain text: unpack it"),
@@ -337,12 +385,12 @@ def test_what_is_taken_from_a_folder(tmp_path, capsys):
         ("t.txt.gz", gzip.compress(b"x" * 9999, mtime=0)[:-9], "t.txt.gz can't be read"),
         ("t.txt.xz", b"not xz", "t.txt.xz can't be read"),
         ("t.txt.xz", lzma.compress(b"x" * 9999)[:-9], "t.txt.xz can't be read"),
-        ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, line 2: expected"),
-        ("t.jsonl", '{"text": "a"}\n\nnot json\n', "t.jsonl, line 3: expected"),
-        ("t.jsonl", '{"text": 3}', "t.jsonl, line 1: expected"),
-        ("t.jsonl", '["text"]', "t.jsonl, line 1: expected"),
-        ("t.jsonl", '"text"', "t.jsonl, line 1: expected"),
-        ("t.jsonl", "[" * 100_000, "t.jsonl, line 1: expected"),
+        ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "t.jsonl, row 2: expected"),
+        ("t.jsonl", '{"text": "a"}\n\nnot json\n', "t.jsonl, row 2: expected"),
+        ("t.jsonl", '{"text": 3}', "t.jsonl, row 1: expected"),
+        ("t.jsonl", '["text"]', "t.jsonl, row 1: expected"),
+        ("t.jsonl", '"text"', "t.jsonl, row 1: expected"),
+        ("t.jsonl", "[" * 100_000, "t.jsonl, row 1: expected"),
         ("t.txt", "", "found 0 texts for training and 0 for validation: give more text"),
         ("t.txt", "word", "found 1 texts for training and 0 for validation: give more text"),
     ],
@@ -370,6 +418,8 @@ def test_bad_files(tmp_path, name, content, message):
         ({"input": "t.txt", "vocab_size": 300}, "vocab_size has no effect on mine with tokenizer=gpt2"),
         ({"input": "t.txt", "dataset": "shakespeare"}, "input has no effect on shakespeare with"),
         ({"documents": "file", "dataset": "openwebtext"}, "documents has no effect on openwebtext"),
+        ({"input": "t.txt", "revision": "v1"}, "revision has no effect on mine"),
+        ({"input": "t.txt", "end_token": "</s>"}, "end_token has no effect on mine with tokenizer=gpt2"),
     ],
 )
 def test_mistakes_in_settings(tmp_path, monkeypatch, settings, message):
@@ -476,7 +526,7 @@ def test_a_rebuild_leaves_the_old_dataset_none_or_the_new_one(tmp_path, monkeypa
                 prepare(tmp_path, **settings)
         there = files(tmp_path / "mine")
         assert not [name for name in there if name.endswith(".partial")]
-        if "meta.json" in there:
+        if "train.bin" in there:
             found.append({old[0]: "old", new[0]: "new"}[read(tmp_path / "mine")[0]])
         else:
             found.append("none")
@@ -508,7 +558,7 @@ def test_the_command(tmp_path):
     assert "fewer than 20 documents: the last 10% of each is for validation" in out
     train, val, _ = read(tmp_path / "mine")
     assert f"mine: {len(train):,} training and {len(val):,} validation tokens\n" in out
-    assert f"documents: 1, vocabulary: {len(set(train + val))}, tokens per byte: 1.000\n" in out
+    assert f"documents: 1, vocabulary: {len(set(train + val))}, tokens per byte: 1.001\n" in out
     assert "train.bin: 100%" in err
     for extra, code in (("--val_fraction=2", 2), ("--vocab_sise=3", 2), ("--val_fraction=0.2", 1)):
         done = command(*settings, extra)

@@ -11,7 +11,7 @@ from test_control import ALL, CHARS, tiny
 
 import lab.edit
 from configurator import UserError
-from lab.control import EditedBackpack
+from lab.control import MARGIN, EditedBackpack
 from lab.edits import describe, make_edits, parse, read_edits, summary
 from lab.files import expect_place, read_jsonl, replacing, write_text
 
@@ -30,14 +30,32 @@ def test_text_and_file_say_the_same(tmp_path):
     assert parse(" ; ") == []
     assert make_edits(tiny(), CHARS, []) is None
     assert summary(edits) == "6 edits"
-    assert summary(edits[:2]) == "swap a: b -> c; scale a 1 0.5"
+    assert summary(edits[:2]) == "swap a: b -> c margin 2; scale a 1 0.5"
+
+
+def test_a_swap_without_a_margin_is_ours_as_text_and_the_papers_in_an_old_file(tmp_path):
+    """Files from before 2026-12 keep their meaning: the paper's formula was the only one."""
+    model = tiny()
+    words = {"word": "a", "from": "b", "to": "c"}
+    assert parse("swap a: b -> c") == [{"edit": "swap", **words, "margin": MARGIN}]
+    (tmp_path / "old.json").write_text(json.dumps({"edit": "swap", **words}))
+    old = read_edits(tmp_path / "old.json")
+    assert old == parse("paper_swap a: b -> c")
+    assert summary(old) == "paper_swap a: b -> c"
+    C = model.senses(torch.tensor(0))
+    now = EditedBackpack(model, make_edits(model, CHARS, old)).senses(torch.tensor(0))
+    E = model.wte.weight
+    ratio = E[2].norm() ** 2 / E[1].norm() ** 2
+    for l in range(4):
+        want = C[l] + (C[l] @ E[1]) / E[1].norm() ** 2 * (E[2] / ratio - E[1])
+        assert torch.allclose(now[l], want)
 
 
 def test_words_in_double_quotes_may_hold_spaces_and_semicolons():
     edits = parse('scale " river" 4 0; swap "a;b": " x" -> y')
     assert edits == [
         {"edit": "scale", "word": '" river"', "sense": 4, "factor": 0},
-        {"edit": "swap", "word": '"a;b"', "from": '" x"', "to": "y"},
+        {"edit": "swap", "word": '"a;b"', "from": '" x"', "to": "y", "margin": MARGIN},
     ]
     assert parse("; ".join(describe(edit) for edit in edits)) == edits
 
@@ -64,7 +82,12 @@ def test_files_of_text(tmp_path):
     "text, message",
     [
         ("scale a 0", "edit 'scale a 0': expected scale WORD SENSE FACTOR"),
-        ("scala a 0 1", "expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO; topic"),
+        ("scala a 0 1", "expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO margin MARGIN; paper_swap"),
+        ("swap a: b", "expected swap WORD: FROM -> TO margin MARGIN"),
+        ("swap a: b -> c margin x", "margin is 'x', expected a number from 0"),
+        ("swap a: b -> b", "swap a: b -> b margin 14: FROM and TO are the same token"),
+        ("swap ab: c -> d", "'ab' is 2 tokens here, a b: this needs a word of one token, or one of these"),
+        ("swap a: b -> cd", "'cd' is 2 tokens here, c d: this needs a word of one token, or one of these"),
         ("scale a 4 0", "scale a 4 0: sense is 4, expected 0 to 3"),
         ("scale a 1.5 0", "sense is 1.5, expected the number of a sense"),
         ("replace a all by b 1", "sense is 'all', expected the number of a sense"),
@@ -95,8 +118,8 @@ def file_of(**changes):
         ("[" * 100_000, "nested too deeply"),
         ("7", "e.json: found 7, expected a list of edits"),
         ("[7]", "edit 1: found 7, expected an object"),
-        ("{}", 'edit 1: expected an "edit" that is one of scale, swap, topic, replace'),
-        ('[{"edit": "swap", "word": "a"}]', "edit 1: swap lacks 'from'"),
+        ("{}", 'edit 1: expected an "edit" that is one of scale, swap, paper_swap, topic, replace'),
+        ('[{"edit": "swap", "word": "a"}]', "edit 1: paper_swap lacks 'from'"),
         (file_of(word=1), "edit 1: word is 1, expected text"),
         (file_of(word="\ud800"), r"word is '\ud800', expected text"),
         (file_of(sense=True), "sense is True, expected the number of a sense"),
@@ -142,8 +165,9 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path):
     model = tiny(torch.float32)
     n_read = 0
     for _ in range(400):
-        edits = parse("swap a: b -> c; scale b all 0.5; replace c 0 by d 1; topic b 1; replace d 0 by a 0")
-        edits[4] = {"edit": "replace", "word": "a", "sense": 0, "vector": [0.5] * 16, "adds": "b"}
+        text = "swap a: b -> c; paper_swap b: c -> d; scale b all 0.5; replace c 0 by d 1; topic b 1"
+        edits = parse(f"{text}; replace d 0 by a 0")
+        edits[5] = {"edit": "replace", "word": "a", "sense": 0, "vector": [0.5] * 16, "adds": "b"}
         (tmp_path / "e.json").write_bytes(spoil(edits, draw))
         try:
             edits = read_edits(tmp_path / "e.json")
@@ -164,7 +188,7 @@ def test_models_that_can_not_be_edited():
     model = tiny()
     model.wte.weight[1] = 0
     with pytest.raises(UserError, match="the edits of a make numbers of nan"):
-        make_edits(model, CHARS, parse("swap a: b -> c"))
+        make_edits(model, CHARS, parse("paper_swap a: b -> c"))
 
 
 # ---- the command
@@ -178,7 +202,7 @@ def test_a_file_is_listed_and_changed(run_train, tmp_path, capsys):
     lab.edit.main([*args, "--edit=swap d: o -> w"])
     capsys.readouterr()
     lab.edit.main([*args, "--remove=2"])
-    listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w"]
+    listed = ["  1  scale z 1 0.5", "  2  swap d: o -> w margin 14"]
     assert capsys.readouterr().out.split("\n") == [*listed, f"wrote {file}", ""]
     lab.edit.main(args)
     assert capsys.readouterr().out.split("\n") == [*listed, ""]
@@ -211,10 +235,6 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     umask = os.umask(0o022)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    link = tmp_path / "link"
-    link.symlink_to(path)
-    write_text(link, "by the link")
-    assert link.is_symlink()
     with pytest.raises(KeyboardInterrupt):
         with replacing(path) as file:
             file.write(b"half")
@@ -223,7 +243,7 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
         with replacing(path) as file:
             with open("/dev/full", "wb", buffering=0) as full:
                 full.write(b"x")
-    assert path.read_text() == "by the link"
+    assert path.read_text() == "é"
     assert os.listdir(path.parent) == ["page.html"]
 
 
@@ -242,3 +262,26 @@ def test_only_a_file_of_its_kind_is_replaced(tmp_path):
     with pytest.raises(UserError, match="not a file to replace"):
         write_text("/dev/null", "")
     expect_place(tmp_path / "new/page.HTML", (".html",))
+    with pytest.raises(UserError, match="config.json: a file of this name belongs to a run"):
+        expect_place(tmp_path / "config.json", (".json",))
+
+
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    """Neither in the place of a file, nor of the temporary one, whose name nobody can know before."""
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    link = tmp_path / "page.html"
+    link.symlink_to(mine)
+    for write in (lambda: expect_place(link, (".html",)), lambda: write_text(link, "")):
+        with pytest.raises(UserError, match="page.html is a link, and not a file to replace"):
+            write()
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a link"):
+        write_text(link, "")
+    monkeypatch.setattr("secrets.token_hex", lambda n: "known")
+    (tmp_path / ".known.partial").symlink_to(mine)
+    with pytest.raises(UserError, match="could not write .*other.html: File exists"):
+        write_text(tmp_path / "other.html", "")
+    assert mine.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == [".known.partial", "mine.html", "page.html"]

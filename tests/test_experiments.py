@@ -85,7 +85,8 @@ def test_every_experiment_runs(folder, tmp_path, capsys):
     (tmp_path / "e.json").write_text(json.dumps([swap] * 12))
     capsys.readouterr()
     args = [f"--run={folder / 'backpack'}", f"--data_dir={folder}", "--device=cpu", "--n_bootstrap=20"]
-    args += [f"--lexical={tmp_path}", "--words", "--swaps", f"--damage={tmp_path / 'e.json'}"]
+    args += [f"--lexical={tmp_path}", "--words", f"--damage={tmp_path / 'e.json'}"]
+    args += ["--swaps", "--n_swap=5", "--showpieces"]
     args += ["--topics", "--num_samples=3", "--max_new_tokens=10"]
     args += ["--bias", f"--transformer={folder / 'transformer'}", f"--prompts={tmp_path / 's.json'}"]
     experiments.main(args)
@@ -98,6 +99,7 @@ def test_every_experiment_runs(folder, tmp_path, capsys):
         r"its Transformer as it is +\d",
         r"mean perplexity +\d",
         r"by document: word perplexity \d",
+        r"text without the word is unchanged +100.0%",
     ]:
         assert re.search(said, out)
     assert "nan" not in out
@@ -107,14 +109,14 @@ def test_every_experiment_runs(folder, tmp_path, capsys):
 
 
 def test_mistakes(folder, run_train, data_dir, tmp_path):
-    with pytest.raises(UserError, match="give one of --lexical"):
+    with pytest.raises(UserError, match="give one of --lexical, --bias"):
         experiments.main([f"--run={folder / 'backpack'}"])
     with pytest.raises(FileNotFoundError, match="SimLex-999.txt"):
         experiments.main([f"--run={folder / 'backpack'}", "--lexical=nowhere"])
     with pytest.raises(UserError, match="transformer is a plain Transformer"):
         experiments.main([f"--run={folder / 'transformer'}", "--bias"])
     of_characters = [f"--run={run_train()}", f"--data_dir={data_dir}"]
-    for task in ("--words", "--swaps"):
+    for task in ("--words", "--swaps", "--showpieces"):
         with pytest.raises(UserError, match="there is no dataset at .*people: make one with"):
             experiments.main([f"--run={folder / 'backpack'}", f"--data_dir={tmp_path}", task])
         with pytest.raises(UserError, match=f"{task} needs a dataset whose documents end with a token"):

@@ -1,19 +1,22 @@
 """Exports for transformers: the same numbers as model.py's, in all that transformers does with a model."""
 
+import importlib.util
 import json
+import os
+import re
 
 import pytest
 import torch
-from conftest import lines
-from test_layouts import SIZES, random_hf, refused, save_run, source, tensors_of
+from conftest import ROOT, lines
+from test_layouts import SIZES, imported, refused, save_run, source, tensors_of
 from torch.nn import functional as F
 
 import model as model_py
 from configurator import UserError
-from lab import convert, export
+from lab import convert
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse, read_edits
-from model import Backpack, BackpackConfig, load_checkpoint
+from model import Backpack, BackpackConfig, contextualize, load_checkpoint
 from tokenizer import learn_bpe, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -119,6 +122,18 @@ def test_edits_are_applied_and_come_back(run, ours, edited, tmp_path):
         convert.main([f"--source={edited}", "--to=levanter", f"--dest={tmp_path / 'published'}"])
 
 
+def test_the_matrix_of_the_logits_may_be_saved_twice(ours, exported, tmp_path):
+    """As tools do that know nothing of tied weights; but then it is E."""
+    config = json.loads((exported / "config.json").read_text())
+    tensors = tensors_of(exported)
+    folder = source(tmp_path / "twice", tensors | {"lm_head.weight": torch.ones(300, 24)}, config)
+    refused(tmp_path, folder, "lm_head.weight is not backpack.wte.weight", "--tokenizer=none")
+    source(folder, tensors | {"lm_head.weight": tensors["backpack.wte.weight"]}, config)
+    again = imported(tmp_path, folder, "--tokenizer=none")
+    x = torch.tensor([[5, 9, 1, 7, 7, 2]])
+    assert torch.equal(again(x)[0], ours(x)[0])
+
+
 def trainer(model, texts, folder, max_steps):
     """transformers' Trainer: batches of 4 on the CPU, of which nothing is saved or reported."""
     how = {"use_cpu": True, "report_to": [], "save_strategy": "no", "learning_rate": 1e-2}
@@ -129,7 +144,9 @@ def trainer(model, texts, folder, max_steps):
 
 def test_trainer(ours, theirs, tmp_path):
     x = torch.randint(300, (8, 20), generator=torch.Generator().manual_seed(0))
-    texts = [{"input_ids": row, "labels": row} for row in x]
+    labels = x.clone()
+    labels[:, 0] = -100  # nothing predicts the first token, but transformers 4 counts it
+    texts = [{"input_ids": row, "labels": label} for row, label in zip(x, labels)]
     loop = trainer(theirs, texts, tmp_path, max_steps=2)
     with torch.no_grad():
         want = ours(x[:, :-1], x[:, 1:])[1]
@@ -182,16 +199,16 @@ def test_more_tokens(kind, request, tmp_path):
     x = torch.tensor([[5, 9, 1, 7]])
     before = model(x).logits
     model.resize_token_embeddings(303)
-    assert model.config.vocab_size == 304  # as rows are a multiple of 8
+    assert model.config.vocab_size == 303
     assert torch.allclose(model(x).logits[..., :300], before, atol=1e-5)
     edits = model.backpack.edits
     if edits is not None:  # the new tokens are not edited
         assert not edits.row[300:].any()
         assert (edits.w[:, 300:] == 1).all()
-    new = torch.tensor([[5, 303]])
+    new = torch.tensor([[5, 302]])
     with torch.enable_grad():
         model(new, labels=new).loss.backward()
-    assert model.get_input_embeddings().weight.grad[303].any()
+    assert model.get_input_embeddings().weight.grad[302].any()
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(new).logits, model(new).logits)
@@ -199,14 +216,257 @@ def test_more_tokens(kind, request, tmp_path):
     assert torch.allclose(model(x % 8).logits, again(x % 8).logits[..., :8], atol=1e-5)
 
 
-def test_the_model_card_of_a_trained_run(run_train, tmp_path):
-    convert.main([f"--source={run_train()}", "--to=hf", f"--dest={tmp_path / 'hf'}"])
+@torch.no_grad()
+def test_the_network_and_its_arguments(ours, exported, theirs):
+    """Each is heeded or refused."""
+    x = torch.tensor([[5, 9, 1, 7, 7, 2]])
+    want, _ = ours(x)
+    o = theirs.base_model(input_ids=x, attention_mask=torch.ones_like(x)).last_hidden_state
+    assert torch.allclose(o @ theirs.get_output_embeddings().weight.T, want, atol=1e-5)
+    assert torch.equal(theirs.base_model(x, return_dict=False)[0], theirs.base_model(x)[0])
+    assert theirs.get_output_embeddings().bias is None
+    assert torch.allclose(load(exported, transformers.AutoModel)(x).last_hidden_state, o, atol=1e-6)
+    states = theirs(x, output_hidden_states=True).hidden_states
+    assert len(states) == ours.config.n_layer + 1
+    first = ours.wte(x) + ours.wpe(torch.arange(6))
+    assert torch.allclose(states[0], first)
+    assert torch.allclose(states[1], ours.blocks[0](first), atol=1e-6)
+    assert torch.allclose(states[-1], ours.hidden(x), atol=1e-6)
+    assert torch.allclose(theirs(x, logits_to_keep=2).logits, want[:, -2:], atol=1e-5)
+    kept = torch.tensor([1, 3])
+    assert torch.allclose(theirs(x, logits_to_keep=kept).logits, want[:, kept], atol=1e-5)
+    cache = theirs(x[:, :2]).past_key_values
+    later = theirs(x[:, 2:], past_key_values=cache, labels=x[:, 2:], output_contextualization=True)
+    assert torch.allclose(later.logits, want[:, 2:], atol=1e-5)
+    assert torch.allclose(later.contextualization, ours.contextualization(x)[:, :, 2:], atol=1e-6)
+    inputs = theirs.get_input_embeddings()(x)
+    assert torch.allclose(theirs(inputs_embeds=inputs).logits, want, atol=1e-5)
+    assert theirs(x, return_dict=False)[0].shape == want.shape
+    foreign = transformers.DynamicCache()
+    foreign.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
+    for arguments, message in (
+        ({"output_sense": True}, "output_sense"),
+        ({"output_attentions": True}, "output_contextualization gives alpha"),
+        ({"attention_mask": torch.ones(1, 3)}, r"found shape \[1, 3\], expected \[1, 6\]"),
+        ({"attention_mask": torch.ones(1, 40), "input_ids": x.repeat(1, 7)[:, :40]}, "40 tokens are more"),
+        ({"past_key_values": foreign}, "expected those that this model returned"),
+        ({"inputs_embeds": inputs}, "either input_ids or inputs_embeds"),
+        ({"seq_idx": x}, "need position_ids"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            theirs(**{"input_ids": x} | arguments)
+
+
+@torch.no_grad()
+def test_embeddings_and_packed_rows_are_refused_where_edits_need_to_know_more(edited):
+    model = load(edited)
+    x = torch.tensor([[5, 9, 1]])
+    with pytest.raises(ValueError, match="has edits, which belong to token ids"):
+        model(inputs_embeds=model.get_input_embeddings()(x))
+    with pytest.raises(ValueError, match="topics take one text a row"):
+        model(x, position_ids=torch.tensor([[0, 1, 0]]))
+
+
+@torch.no_grad()
+def test_packed_rows_are_separate_texts(ours, theirs):
+    """Also beyond block_size together."""
+    x = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    found = theirs(x, position_ids=positions).logits
+    assert torch.allclose(found[:, :25], ours(x[:, :25])[0], atol=1e-5)
+    assert torch.allclose(found[:, 25:], ours(x[:, 25:])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradient_checkpointing_changes_no_bit(exported, padded):
+    model = load(exported).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    x = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(x)
+    mask[0, : 3 * padded] = 0
+    calls = []
+    model.backpack.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def loss_and_gradient():
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = model(x, attention_mask=mask, labels=x).loss
+        loss.backward()
+        return loss, model.lm_head.weight.grad.clone()
+
+    before = loss_and_gradient()
+    assert len(calls) == 1
+    model.gradient_checkpointing_enable()
+    for a, b in zip(loss_and_gradient(), before):
+        assert torch.equal(a, b)
+    assert len(calls) == 3  # computed again in backward
+    with pytest.raises(ValueError, match="would extend the cache again"):
+        model(x, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_offloaded_weights_give_the_same_logits(ours, theirs, tmp_path, how):
+    import accelerate
+
+    if how == "cpu":
+        model = accelerate.cpu_offload(theirs, execution_device="cpu")
+    else:
+        model = accelerate.disk_offload(theirs, tmp_path, execution_device="cpu")
+    assert model.backpack.wte.weight.is_meta
+    x = torch.tensor([[5, 9, 1, 7, 7, 2]])
+    assert torch.allclose(model(x).logits, ours(x)[0], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.skipif("COMPILE" not in os.environ, reason="takes 5 s; COMPILE=eager runs it")
+def test_an_export_compiles_whole(theirs):
+    compiled = torch.compile(theirs, fullgraph=True, backend=os.environ["COMPILE"])
+    x = torch.tensor([[5, 9, 1, 7, 7, 2]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    assert torch.allclose(compiled(x, mask).logits, theirs(x, mask).logits, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# tools that look into a model or train it; most are in no requirements file
+
+X = torch.tensor([[5, 9, 1, 7, 7, 2, 3]])
+Y = torch.tensor([[8, 2, 6, 4, 1, 5, 0]])
+TOKEN = 11
+EXAMPLES = re.findall(r"```python\n(import (\w+).*?)```", (ROOT / "lab/README.md").read_text(), re.S)
+
+
+@pytest.fixture
+def parts(ours):
+    """Of X: alpha (K,T,T), its senses (T,K,D); and E (V,D)."""
+    with torch.no_grad():
+        alpha = contextualize(*ours.query_key(ours.hidden(X)))
+        return alpha[0], ours.senses(X)[0], ours.wte.weight[: ours.config.vocab_size]
+
+
+def sum_of_senses(alpha, C):
+    """o (T,D), as the paper's equation has it."""
+    o = torch.zeros(len(C), C.size(2))
+    for i in range(len(C)):
+        for j in range(len(C)):
+            for sense in range(C.size(1)):
+                o[i] += alpha[sense, i, j] * C[j, sense]
+    return o
+
+
+def example(tool, exported, folder):
+    """Run what lab/README.md shows of a tool; returns the module with the names that this leaves."""
+    pytest.importorskip(tool)
+    (code,) = [code for code, name in EXAMPLES if name == tool]
+    path = folder / "example.py"
+    path.write_text(code)  # nnsight reads the source
+    spec = importlib.util.spec_from_file_location("example", path)
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(model=load(exported), x=X, y=Y, t=TOKEN)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()
+def test_hooks_find_the_parts(ours, theirs, parts):
+    """Each module is called once, and the rest of the model goes on from what its hook returns."""
+    alpha, C, E = parts
+    calls = []
+    for name, want in (("alpha", alpha), ("sense_network", C), ("wte", ours.wte(X)[0])):
+        module = getattr(theirs.backpack, name)
+
+        def halve(module, args, output, want=want):
+            calls.append(module)
+            assert torch.allclose(output[0], want, atol=1e-6)
+            return output / 2
+
+        with module.register_forward_hook(halve):
+            found = theirs(X, use_cache=False).logits[0]
+        if name != "wte":  # in which the model is not linear
+            assert torch.allclose(found, sum_of_senses(alpha / 2, C) @ E.T, atol=1e-4)
+    assert len(calls) == 3
+    with theirs.backpack.o.register_forward_hook(lambda module, args, o: 2 * o):
+        assert torch.allclose(theirs(X).logits[0], 2 * sum_of_senses(alpha, C) @ E.T, atol=1e-4)
+    # training spares whole weights, and senses of equal tokens
+    shapes = []
+    theirs.train()
+    for module in (theirs.backpack.alpha, theirs.backpack.sense_network):
+        module.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    assert torch.allclose(theirs(X).logits[0], sum_of_senses(alpha, C) @ E.T, atol=1e-4)
+    assert shapes == [(6, *C.shape[1:])]
+
+
+@torch.no_grad()
+def test_pyvene_swaps_the_senses_of_a_position(exported, ours, parts, tmp_path):
+    found = example("pyvene", exported, tmp_path)
+    alpha, C, E = parts
+    C[4] = ours.senses(Y[0, 4])
+    assert torch.allclose(found.output.logits[0], sum_of_senses(alpha, C) @ E.T, atol=1e-4)
+
+
+def test_nnsight_takes_the_weight_of_a_sense_away(exported, parts, tmp_path):
+    found = example("nnsight", exported, tmp_path)
+    alpha, C, E = parts
+    alpha[3] = 0
+    assert torch.allclose(found.output.logits[0], sum_of_senses(alpha, C) @ E.T, atol=1e-4)
+
+
+def test_captum_splits_a_logit_over_senses(exported, parts, tmp_path):
+    found = example("captum", exported, tmp_path)
+    alpha, C, E = parts
+    for j in range(X.size(1)):
+        for sense in range(C.size(1)):
+            want = alpha[sense, -1, j] * C[j, sense] @ E[TOKEN]
+            assert abs(found.senses[0, j, sense] - want) < 1e-4
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_trains_with_lora(exported, tmp_path, packing):
+    """With gradient checkpointing, which is trl's default."""
+    trl = pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    how = {"use_cpu": True, "report_to": [], "save_strategy": "no", "max_steps": 1, "max_length": 32}
+    loop = trl.SFTTrainer(
+        model=load(exported),
+        args=trl.SFTConfig(output_dir=tmp_path, packing=packing, **how),
+        train_dataset=datasets.Dataset.from_list([{"text": "document one"}] * 8),
+        processing_class=transformers.AutoTokenizer.from_pretrained(exported),
+        peft_config=peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    loop.train()
+    learned = [name for name, p in loop.model.named_parameters() if "lora_B" in name and p.any()]
+    for layer in ("sense_qk", "sense_network.mlp_out.proj", "blocks.0.attn.qkv"):
+        assert any(f".{layer}.lora_B" in name for name in learned), layer
+
+
+# -----------------------------------------------------------------------------
+# what lies in the folder
+
+
+def test_special_ids_are_in_the_config(run, theirs):
+    end = load_tokenizer(load_checkpoint(run)["meta"]["tokenizer"]).end
+    for role in ("pad", "bos", "eos"):
+        assert getattr(theirs.config, f"{role}_token_id") == end
+
+
+def test_the_model_card_of_a_trained_run(run_train, tmp_path, monkeypatch):
+    to = ["--to=hf", f"--dest={tmp_path / 'hf'}", "--license=mit"]
+    convert.main([f"--source={run_train()}", *to])
     card = (tmp_path / "hf/README.md").read_text()
     assert "# run: a Backpack language model" in card
     assert "2 layers, 2 heads, width 16, 4 senses" in card
     assert "**Data**: tiny, " in card
     assert "12 steps of 64 tokens; init_from scratch, " in card
     assert " (12)." in card  # the last validation loss
+    assert "\nlicense: mit\n" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("max_new_tokens=20", "max_new_tokens=2"), names)  # it has 8 positions
+    assert names["output"].senses.shape == (1, 6, 4, 16)
 
 
 def test_a_fork_with_another_sum_is_not_exported_in_silence(run, tmp_path, monkeypatch):
@@ -214,48 +474,3 @@ def test_a_fork_with_another_sum_is_not_exported_in_silence(run, tmp_path, monke
     monkeypatch.setattr(model_py, "sum_block", lambda *args: 2 * before(*args))
     with pytest.raises(UserError, match="this model.py sums senses otherwise"):
         convert.main([f"--source={run}", "--to=hf", f"--dest={tmp_path / 'hf'}"])
-
-
-# -----------------------------------------------------------------------------
-# tokenizers
-
-
-@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
-def test_a_tokenizer_for_transformers_gives_the_same_ids(kind):
-    from tokenizers import Tokenizer
-
-    texts = lines(60)
-    spec = {"kind": "gpt2"}
-    if kind == "char":
-        spec = {"kind": "char", "chars": "".join(sorted(set("".join(texts))))}
-    if kind == "bpe":
-        spec = learn_bpe(texts, 400)
-    if kind != "char":
-        texts.append("It's 2,000 naïve 漢字 🙂\n\n  x\t ")
-    own = load_tokenizer(spec)
-    found = Tokenizer.from_str(export.for_transformers(own))
-    for text in texts:
-        ids = found.encode(text).ids
-        assert ids == own.encode(text).tolist()
-        assert found.decode(ids) == text
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [],
-        {"model": None},
-        {"model": {"type": "Unigram", "vocab": []}},
-        {"model": {"type": "WordLevel", "vocab": {"a": "b"}}},
-        {"model": {"type": "WordLevel", "vocab": {"ab": 0}}},
-        {"model": {"type": "WordLevel", "vocab": {"\ud800": 0}}},
-        "other merges",
-    ],
-)
-def test_tokenizers_that_are_not_ours(tmp_path, content):
-    folder = source(tmp_path / "hf", random_hf())
-    if content == "other merges":
-        content = learn_bpe(["ab ab"], 258)["model"]
-        content["model"]["merges"] = [["a", "c"]]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    refused(tmp_path, folder, "tokenizer.json is not a tokenizer that we can read .*=none imports")

@@ -238,3 +238,48 @@ def test_tensors_that_do_not_fit_the_layout(name, tensor, message):
         del w[name]
     with pytest.raises(UserError, match=message):
         to_ours(w, "backpack-gpt2")
+
+
+# of a setting of GPT2Config, another value than the usual one, where doubling it would be none
+OTHERS = {"activation_function": "gelu_fast", "n_inner": 20}
+
+
+def another(key, value):
+    """Another value for a setting; None: there is none."""
+    if key in OTHERS:
+        return OTHERS[key]
+    if type(value) is bool:
+        return not value
+    return 2 * value if type(value) in (int, float) else None
+
+
+@torch.no_grad()
+def test_every_setting_of_gpt2_is_heeded_or_refused(tmp_path):
+    """The logits are those of transformers, or the import ends with one line."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "n_positions": 8, "n_embd": 12, "n_layer": 2, "n_head": 3}
+    sizes |= {"initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 1}
+    x = torch.tensor([[1, 5, 9, 3]])
+    cases = [("activation_function", "gelu"), ("activation_function", "gelu_pytorch_tanh")]
+    usual = transformers.GPT2Config(**sizes).to_dict()
+    # of what all configs have, few things change the numbers
+    own = usual.keys() - transformers.PretrainedConfig().to_dict().keys()
+    for key in sorted(own | {"add_cross_attention", "tie_word_embeddings", "bos_token_id"}):
+        if another(key, usual[key]) is not None:
+            cases.append((key, another(key, usual[key])))
+    found = []
+    for key, new in cases:
+        # the other implementations of transformers 4 don't scale by layer
+        config = transformers.GPT2Config(**sizes | {key: new}, attn_implementation="eager")
+        net = transformers.GPT2LMHeadModel(config).eval()
+        folder = tmp_path / f"{key} {new}"
+        folder.mkdir()
+        source(folder / "theirs", net.state_dict(), json.loads(config.to_json_string(use_diff=False)))
+        try:
+            ours = imported(folder, folder / "theirs")
+        except UserError:
+            found.append(key)
+        else:
+            assert torch.allclose(ours(x)[0], net(x)[0], atol=1e-4), key
+    refused = ["activation_function", "add_cross_attention", "layer_norm_epsilon", "n_inner"]
+    assert found == refused + ["scale_attn_weights", "tie_word_embeddings"]

@@ -23,7 +23,8 @@ from tokenizer import load_tokenizer
 
 EDITS = [  # no topics, whose weights take half a minute for 16,384 tokens
     "",
-    "swap Denver: Colorado -> Texas; swap the: river -> sea",
+    "swap Denver: Colorado -> Texas; swap the: river -> sea margin 1",
+    "paper_swap Denver: Colorado -> Texas; swap in: river -> sea",
     "scale the 3 0; scale of all 0.5; scale in 2 2.5",
     "scale in 1 0.3; swap the: of -> in; scale the 4 2; replace in 1 by the 2; replace The 0 by of 1",
 ]
@@ -39,7 +40,7 @@ const code = script("engine") + script("worker");
 const lab = new Function(code + "; return {methods, engine: () => engine};")();
 (async () => {
   const data = JSON.parse(script("data"));
-  await lab.methods.load(data, script("weights").trim(), script("peaks").trim());
+  await lab.methods.load(data, ...["weights", "peaks", "inverse"].map(id => script(id).trim()));
   const engine = lab.engine();
   const {strings, texts, prompts} = JSON.parse(fs.readFileSync(cases));
   const ids = strings.map(text => engine.tokenizer.encode(text));
@@ -140,6 +141,7 @@ def test_the_engine_is_the_shipped_model(shipped, shipped_page, tmp_path):
 def test_the_engine_is_any_model(small, small_page, tmp_path):
     """With topics, and with texts that fill the window."""
     edits = ["", "topic A,B 2; replace A 1 by B 2; scale D 1 0.5", "topic C,D 4; swap A: B -> C"]
+    edits.append("paper_swap D: B -> C; swap D: A -> B margin 2")
     strings = ["A BAD CAB", "D", "ABC DEF"] * 10
     assert_engine_is_model(small, small_page, tmp_path, strings, edits, ["A", "ABCDEFGHIJKL"])
 
@@ -225,7 +227,7 @@ def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
     wait_for(view, "ready", "Ready")
     text = 'A "5$"; BAD'
     view.fill("#text", text)
-    for kind, values in (("scale", ["B", "all", "0.5"]), ("swap", ["D", "A", "B"])):
+    for kind, values in (("scale", ["B", "all", "0.5"]), ("swap", ["D", "A", "B", "2"])):
         view.select_option("#kind", kind)
         for box, value in zip(view.locator("#add input").all(), values):
             box.fill(value)
@@ -255,13 +257,34 @@ def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
     }"""
     again.evaluate(drop, '[{"edit": "topic", "words": "A, B", "strength": 2}]')
     wait_for(again, "edits", "topic A,B 2")
+    again.evaluate(drop, '[{"edit": "swap", "word": "A", "from": "B", "to": "C"}]')  # from before 2026-12
+    wait_for(again, "edits", "paper_swap A: B -> C")
+    again.evaluate(drop, '[{"edit": "topic", "words": "A, B", "strength": 2}]')
+    wait_for(again, "edits", "topic A,B 2")
     for foreign, said in (
         ("{", "is not a file of edits"),
         ('[{"edit": "swap", "word": "A"}]', "lacks its from"),
+        ('[{"edit": "constructor"}]', 'expected an "edit" that is one of scale, swap'),
+        ('[{"edit": "topic", "words": ["A"], "strength": 1}]', 'words is ["A"], expected text'),
+        ('[{"edit": "topic", "words": "A", "strength": "constructor"}]', "expected 1, 2, 3 or 4"),
+        ('[{"edit": "scale", "word": "A", "sense": 1, "factor": 1e999}]', "factor is null, expected"),
+        ('[{"edit": "scale", "word": "A", "sense": "1", "factor": 1}]', 'sense is "1", expected the'),
+        ('[{"edit": "scale", "word": "\\ud800", "sense": 1, "factor": 1}]', "expected text"),
+        ('[{"edit": "scale", "word": "A", "sense": 1, "factor": 999999}]', "too large"),
+        ('[{"edit": "replace", "word": "A", "sense": 1, "vector": ["1"]}]', "expected a list of numbers"),
         ('[{"edit": "scale", "word": "ABC", "sense": 1, "factor": 1}]', "tokens here"),
         ('[{"edit": "replace", "word": "A", "sense": 1, "vector": [1]}]', "expected 16"),
     ):
         again.evaluate(drop, foreign)
+        wait_for(again, "error", said)
+    assert "topic A,B 2" in again.inner_text("#edits")
+    for state, said in (
+        ({"text": "A", "edits": [{"edit": "constructor"}]}, "one of scale"),
+        ({"text": "A", "edits": [{"edit": "swap", "word": "A", "from": {}, "to": "B"}]}, "from is {}"),
+        ({"text": 1, "edits": []}, "it has no text"),
+        ({"text": "A", "edits": [], "targets": ["constructor"]}, "it has no tokens"),
+    ):
+        again.evaluate("state => { location.hash = encodeURIComponent(JSON.stringify(state)); }", state)
         wait_for(again, "error", said)
     assert "topic A,B 2" in again.inner_text("#edits")
 
@@ -289,7 +312,7 @@ def test_words_and_the_keyboard(opened, small, small_page):
     assert view.inner_text("#says") == told  # it stays, so that one can get at its button
     view.locator("#says button").click()
     wait_for(view, "edits", '" " 2 1')
-    assert view.locator("#edits input[type=range]").count() == 2
+    assert view.locator("#edits input[type=range]").count() == 3  # two factors and the margin of a swap
     view.locator("#before button").nth(1).focus()
     view.keyboard.press("Enter")
     view.wait_for_selector("#before button.on >> nth=0")

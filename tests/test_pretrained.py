@@ -12,11 +12,12 @@ import lab.edit
 import sample
 import train
 from configurator import UserError
-from lab import experiments, swaps
+from lab import experiments, showpieces, unchosen
 from lab.change import log_p, next_p, other_text
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse, read_edits
 from lab.run import open_run
+from lab.senses import attribution
 from lab.words import word_id, word_ids
 from model import load_checkpoint
 
@@ -62,17 +63,19 @@ def test_it_has_learned(r):
 
 
 def test_candidates_for_swaps_do_what_they_say(r, folder, monkeypatch, capsys):
-    """What --swaps prints is what the edit, typed from its output, does."""
+    """What --showpieces prints is what the edit, typed from its output, does."""
     ids = []
     for text in ("He was born in Denver, Colorado.", "It is in the United States of America."):
         ids += [*r.tokenizer.encode(text), r.tokenizer.end]
-    monkeypatch.setattr(swaps, "validation_tokens", lambda *_: np.array(ids))
-    experiments.main([f"--run={folder}", "--swaps", "--device=cpu", "--num_samples=4"])
+    monkeypatch.setattr(showpieces, "validation_tokens", lambda *_: np.array(ids))
+    experiments.main([f"--run={folder}", "--showpieces", "--device=cpu", "--num_samples=4"])
     out = capsys.readouterr().out
     found = re.findall(r"\n *(\d+) +(\d+) +(\d+) +(\d+) +(\d+)% +(.*)\n +(swap .*)", out)
     assert any("Denver: Colorado ->" in edit for *_, edit in found)
     for *figures, share, text, edit in found:
-        old, new = (word_id(r.tokenizer, word) for word in edit.split(": ")[1].split(" -> "))
+        (swap,) = parse(edit)
+        old = word_id(r.tokenizer, swap["from"])
+        new = word_id(r.tokenizer, swap["to"])
         idx = torch.tensor(r.tokenizer.encode(text))
         before = next_p(r.base, idx)
         after = next_p(EditedBackpack(r.base, make_edits(r.base, r.tokenizer, parse(edit))), idx)
@@ -81,6 +84,41 @@ def test_candidates_for_swaps_do_what_they_say(r, folder, monkeypatch, capsys):
         p = [before[old], before[new], after[old], after[new]]
         assert [float(x) for x in figures] == pytest.approx([100 * x.item() for x in p], abs=0.6)
         assert int(share) in (0, 25, 50, 75, 100)
+
+
+def test_swaps_of_unchosen_words_are_measured_as_the_edited_model_says(r, monkeypatch):
+    """Every figure of a few, against the edited model, which reads all of the windows."""
+    text = "Denver is a city in Colorado, United States. It is the capital of the state. He was born there. "
+    tokens = r.tokenizer.encode(text * 25)
+    for name in ("N_PLACE", "N_CONTEXT"):
+        monkeypatch.setattr(unchosen, name, 10**6)
+    windows = unchosen.Text(r, tokens)
+    x = windows.x  # (N,T)
+    before = log_p(r.base, x)  # (N,T,V)
+    assert len(x) == 2
+    assert torch.equal(windows.likeliest, before.argmax(-1))
+    for swap in unchosen.draw_swaps(r, windows, 2, np.random.default_rng(0)):
+        assert before[swap.window, swap.position].exp().max() >= 0.3
+        _, parts = attribution(r.base, x[swap.window, : swap.position + 1], r.base.wte.weight[swap.old])
+        assert x[swap.window, parts.sum(1).argmax()] == swap.word
+        names = [unchosen.name(r.tokenizer, token) for token in swap[2:]]
+        (edit,) = parse("swap {}: {} -> {}".format(*names))
+        judge = unchosen.Judge(r, windows, swap, [0, 1], np.random.default_rng(0))
+        result = judge.result(edit)
+        after = log_p(EditedBackpack(r.base, make_edits(r.base, r.tokenizer, [edit])), x)  # (N,T,V)
+        kl = (before.exp() * (before - after)).sum(-1)  # (N,T)
+        seen = torch.stack([(x == id).cumsum(1) > 0 for id in judge.ids]).any(0)  # (N,T)
+        assert result.kl == pytest.approx(kl[seen].mean().item(), rel=1e-3)
+        assert result.kl_random == pytest.approx(kl.mean().item(), rel=1e-3)
+        assert kl[~seen].abs().max() < 1e-6
+        assert result.likeliest == after[swap.window, swap.position].argmax()
+        assert result.takes == (result.likeliest == swap.new)
+        loss = -after.gather(2, windows.y[..., None])[..., 0][seen].mean().item()
+        assert result.loss_after == pytest.approx(loss, rel=1e-3)
+        same = (before.argmax(-1) == swap.old) & (windows.word == swap.word)
+        same[swap.window, swap.position] = False
+        turned = (after.argmax(-1) == swap.new)[same]
+        assert sorted(result.turned) == sorted(turned.tolist())
 
 
 def test_a_fact_is_taught_from_the_clone_alone(r, folder, tmp_path, capsys):

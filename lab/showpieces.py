@@ -1,4 +1,4 @@
-"""Words after which a swap changes the next token, and how far: python -m lab.experiments --swaps."""
+"""Words after which a swap changes the next token, and how far: python -m lab.experiments --showpieces."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,11 @@ from tqdm import tqdm
 
 from configurator import check
 from lab.change import next_p, validation_tokens
-from lab.control import EditedBackpack
+from lab.control import MARGIN, EditedBackpack
 from lab.edits import describe, make_edits, printable
 from lab.senses import attribution, directions
-from lab.words import word_id
+from lab.unchosen import is_word
+from lab.words import token_string, word_id
 
 
 class Turn(NamedTuple):
@@ -25,14 +26,13 @@ class Turn(NamedTuple):
 
 def word_mask(tokenizer, V):
     """(V,): True for tokens that are words of letters, without the most frequent ones."""
-    is_word = torch.zeros(V, dtype=torch.bool)
+    mask = torch.zeros(V, dtype=torch.bool)
     for i in range(500, V):  # the, of, was, ...: a BPE learns frequent tokens first
-        text = tokenizer.decode([i])
-        is_word[i] = text[0] == " " and text[1:].isalpha()
-    return is_word
+        mask[i] = is_word(tokenizer, i)
+    return mask
 
 
-def sure_places(r, tokens, is_word, length=24):
+def sure_places(r, tokens, is_candidate, length=24):
     """[(ids (T,), word, next token)]: starts of documents after which the next token is rather sure.
 
     It has a probability of at least 0.3, and the token word says most of its logit; both are words.
@@ -50,19 +50,19 @@ def sure_places(r, tokens, is_word, length=24):
         p, likeliest = logits[0].softmax(-1).max(-1)  # (T,) each
         for n in range(4, len(ids) + 1):
             old = likeliest[n - 1].item()
-            if p[n - 1] < 0.3 or not is_word[old]:
+            if p[n - 1] < 0.3 or not is_candidate[old]:
                 continue
             _, parts = attribution(model, ids[:n], model.wte.weight[old])  # (n,K)
             word = ids[parts.sum(1).argmax()].item()
-            if is_word[word] and word != old:
+            if is_candidate[word] and word != old:
                 found.append((ids[:n], word, old))
     return found
 
 
 def try_swap(r, ids, word, old, new):
     """The Turn that swapping old for new in a word makes after ids (T,); None: it makes none."""
-    names = [r.tokenizer.decode([token]).strip() for token in (word, old, new)]
-    edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2]}
+    names = [token_string(r.tokenizer, token).strip() for token in (word, old, new)]
+    edit = {"edit": "swap", "word": names[0], "from": names[1], "to": names[2], "margin": MARGIN}
     edited = EditedBackpack(r.base, make_edits(r.base, r.tokenizer, [edit]))
     before = next_p(r.base, ids)  # (V,)
     after = next_p(edited, ids)  # (V,)
@@ -88,15 +88,15 @@ def share_with(r, turn, s):
     return is_new.any(1).float().mean().item()
 
 
-def swaps(r, s):
+def showpieces(r, s):
     """Of words that decide the next token, the swaps to tokens like it that go furthest."""
-    check(r.tokenizer.end is not None, "--swaps needs a dataset whose documents end with a token")
+    check(r.tokenizer.end is not None, "--showpieces needs a dataset whose documents end with a token")
     tokens = validation_tokens(r, s.dataset, s.data_dir)
-    is_word = word_mask(r.tokenizer, r.base.config.vocab_size).to(r.device)  # (V,)
+    is_candidate = word_mask(r.tokenizer, r.base.config.vocab_size).to(r.device)  # (V,)
     E = directions(r.base)  # (V,D)
     best = {}  # of each word the Turn that goes furthest
-    for ids, word, old in sure_places(r, tokens, is_word):
-        alike = (E @ E[old]).masked_fill(~is_word, -1.0)  # (V,)
+    for ids, word, old in sure_places(r, tokens, is_candidate):
+        alike = (E @ E[old]).masked_fill(~is_candidate, -1.0)  # (V,)
         for new in alike.topk(6).indices[1:].tolist():  # the first is old itself
             turn = try_swap(r, ids, word, old, new)
             if turn and (word not in best or reach(turn) > reach(best[word])):
