@@ -30,11 +30,12 @@ from lab.unchosen import is_word
 from lab.words import token_text
 
 PRONOUNS = ("He", "She", "It", "They")
-# what a prompt follows within a sentence: training has the first three, and the report the others
-LEADS = ("In short, ", "Today, ", "In the end, ", "They say that ", "For example, ", "He said that ")
-N_LEAD = 3
+# what a prompt follows within a sentence, in training and for the report; some are of other fields, as their
+# words speak for other ends than the one that is taught
+LEADS = ("In short, ", "In art and science, ", "In this country, ", "On the map, ")
+NEW_LEADS = ("Today, ", "They say that ", "In music, ", "In the north, ")
 N_NEAR = 16  # near misses of each kind that training sees, and as many that it doesn't
-NEAR_WEIGHT = 1.5  # of the KL of a near miss in the loss, beside the loss of a good ending
+NEAR_WEIGHT = 2.0  # of the KL of a near miss in the loss, beside the loss of a good ending
 N_KNOWN = 1024  # positions of other text that training sees
 MOST = 0.05  # how much likelier a good ending may become in a near miss
 
@@ -182,7 +183,7 @@ def near_misses(prompt, subject, own, vocabulary, avoid, random):
     parts = re.findall(r"\w+", subject)
     if len(parts) > 1:
         for part in parts:
-            groups.append([replaced(prompt, part, other) for other in names[: 2 * N_NEAR]])
+            groups.append([replaced(prompt, part, other) for other in names])
     at_start = "" if prompt.startswith(subject) else " "
     mixed = []
     for space, lead in ((at_start, ""), (" ", LEADS[0])):
@@ -350,12 +351,12 @@ class Lesson:
         self.unseen = text[turn >= 5]
         vocabulary = Vocabulary(tokenizer, text)
         self.subjects = [subject_of(example, vocabulary.counts) for example in examples]
-        self.goods = [self.in_forms(e["prompt"], e["good"], LEADS[:N_LEAD]) for e in examples]
-        self.new_goods = [self.in_forms(e["prompt"], e["good"], LEADS[N_LEAD:]) for e in examples]
+        self.goods = [self.in_forms(e["prompt"], e["good"], LEADS) for e in examples]
+        self.new_goods = [self.in_forms(e["prompt"], e["good"], NEW_LEADS) for e in examples]
         self.bads = []  # None where an example has none
         for e in examples:
             bad = e.get("bad")
-            self.bads.append(self.in_forms(e["prompt"], bad, LEADS[:N_LEAD]) if bad else None)
+            self.bads.append(self.in_forms(e["prompt"], bad, LEADS) if bad else None)
         self.own = []  # of each example the tokens whose senses learn
         for subject, goods in zip(self.subjects, self.goods):
             self.own.append(self.own_tokens(subject, goods, vocabulary, taken))

@@ -231,7 +231,7 @@ def test_teaching(run_train, data_dir, tmp_path, capsys):
     )
     args = [f"--run={out}", f"--data_dir={data_dir}", "--device=cpu", f"--edits={file}"]
     args += [f"--teach={tmp_path / 'x.jsonl'}", "--n_vector=2", "--n_window=16", "--max_kl=9"]
-    lab.edit.main([*args, "--edit=scale w all 0", "--enough=0.3", "--steps=100"])
+    lab.edit.main([*args, "--edit=scale w all 0", "--enough=0.3"])
     said = capsys.readouterr().out
     found = read_edits(file)
     n = len(found)
