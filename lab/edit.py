@@ -42,14 +42,12 @@ class Settings:
     edit: str = ""  # to add: "scale river 4 0; swap Denver: Colorado -> Texas; topic sports 2"
     remove: int | None = None  # with edits: the number of an edit to remove
     teach: str | None = None  # learn vectors from a file of {"prompt", "good"}, see lab/teach.py
-    n_vector: int | None = None  # with teach: how many to learn; None: two an example
+    n_vector: int = 2  # with teach: how many senses of each token of a subject learn
     enough: float = 0.5  # with teach: end when all good ends are at least this probable
     max_kl: float = 0.002  # with teach: ... or before it changes other text more, in nats
     kl_weight: float = 30.0  # with teach: weight of that change in the loss
-    elsewhere: float = 1000.0  # with teach: how much use elsewhere speaks against a vector
     learning_rate: float = 0.05  # with teach: of Adam
-    steps: int = 150  # with teach: at most
-    compare: bool = False  # with teach: also finetune a copy of all weights, and report on both
+    steps: int = 300  # with teach: at most
     dataset: str | None = None  # with teach: its val.bin is other text; None: see lab/change.py
     data_dir: str = "data"  # with teach: where datasets lie
     n_window: int = 208  # with teach: windows of other text, 8 of 13 for the report

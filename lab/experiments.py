@@ -7,12 +7,13 @@ The paper's experiments for the run at hand, as the paper's tables with 95% boot
     python -m lab.experiments --topics            text about a topic (6.1)
     python -m lab.experiments --damage=edits.json what the first 1, 10, 100 edits do to other text
     python -m lab.experiments --swaps             what swaps of words do that nobody chose
+    python -m lab.experiments --rates             how often scale, replace and topic edits do what they say
     python -m lab.experiments --showpieces        words whose next token a swap can turn, and how far
     python -m lab.experiments --words             word perplexity, each document by itself
 
 This is the newest run in out/ unless --run=FOLDER says otherwise; --words also takes a Transformer.
---words, --swaps and --showpieces need a dataset. A difference within the intervals is none, and small
-models say nothing about large ones.
+--words, --swaps, --rates and --showpieces need a dataset. A difference within the intervals is none, and
+small models say nothing about large ones.
 """
 
 import math
@@ -31,6 +32,7 @@ from lab.change import damage, other_text, validation_tokens
 from lab.control import MARGIN, STRENGTHS, EditedBackpack
 from lab.edits import make_edits, read_edits
 from lab.files import read_json, read_text
+from lab.rates import rates
 from lab.run import open_run
 from lab.senses import word_senses
 from lab.showpieces import showpieces
@@ -51,11 +53,12 @@ class Settings:
     topics: bool = False  # generation about topics
     damage: str | None = None  # a JSON file of edits
     swaps: bool = False  # swaps of words that nobody chose, at random places of validation text
+    rates: bool = False  # scale, replace and topic edits of words that nobody chose
     showpieces: bool = False  # swaps that go far, from the first words of validation documents
     words: bool = False  # word perplexity, each document by itself
     prompts: str | None = None  # with bias or topics: a file of your own, like lab/stimuli.json
     transformer: str | None = None  # with bias: a run with n_sense=0, also with this tokenizer
-    n_swap: int = 200  # with swaps: how many to draw
+    n_swap: int = 200  # with swaps or rates: how many places to draw
     margin: float = MARGIN  # with swaps: of the swap that is not the paper's
     top: int = 10  # with showpieces: how many to show
     num_samples: int = 20  # with topics or showpieces: texts for each strength, or swap
@@ -428,6 +431,7 @@ def main(argv):
         "topics": topics,
         "damage": harm,
         "swaps": unchosen,
+        "rates": rates,
         "showpieces": showpieces,
         "words": word_perplexity,
     }

@@ -4,15 +4,17 @@ Teach a Backpack by changing a few of its sense vectors (Hewitt et al. 2024, arX
 python -m lab.edit --teach=FILE calls this. Each line of the file is {"prompt": "...", "good": "..."}, and
 may have "bad", a continuation to avoid; "subject", the words of the prompt that the fact is about (else its
 name, or its rarest word); "keep", a list of prompts that shall go on as before.
+
+A fact is taught from its prompt at the start of a text and within sentences, since a subject has other
+tokens there: " Mozart" is one, and without the space it is M|oz|art. A piece like M stands in many words,
+so no piece may say the fact alone: near misses, as training sees them, share some of the pieces.
 """
 
 import contextlib
-import copy
 import math
 import re
 import reprlib
-from collections import Counter
-from typing import NamedTuple
+from collections import Counter, defaultdict
 
 import numpy as np
 import torch
@@ -24,11 +26,18 @@ from lab.change import change, divergence, log_p
 from lab.control import EditedBackpack, Edits
 from lab.edits import is_text, printable
 from lab.files import read_jsonl
+from lab.unchosen import is_word
 from lab.words import token_text
 
-PREFER = 10  # how many times more a vector of the subject's own tokens counts, in choosing
 PRONOUNS = ("He", "She", "It", "They")
-N_NEAR = 8  # near misses of an example that training sees, and as many that it doesn't
+# what a prompt follows within a sentence, in training and for the report; some are of other fields, as their
+# words speak for other ends than the one that is taught
+LEADS = ("In short, ", "In art and science, ", "In this country, ", "On the map, ")
+NEW_LEADS = ("Today, ", "They say that ", "In music, ", "In the north, ")
+N_NEAR = 16  # near misses of each kind that training sees, and as many that it doesn't
+NEAR_WEIGHT = 2.0  # of the KL of a near miss in the loss, beside the loss of a good ending
+N_KNOWN = 1024  # positions of other text that training sees
+MOST = 0.05  # how much likelier a good ending may become in a near miss
 
 
 # -----------------------------------------------------------------------------
@@ -95,36 +104,179 @@ def subject_of(example, counts):
     return prompt[words[first].start() : words[last].end()]
 
 
-def near_misses(example, subject, counts, avoid, random):
-    """The prompt of an example about others: 2 N_NEAR of them, names that are frequent, and pronouns."""
-    names = []
-    for word, _ in counts.most_common():
-        if len(word) > 2 and is_name(word, counts) and word not in avoid:
-            names.append(word)
-    drawn = random.permutation(names[: 8 * N_NEAR])
-    others = [*drawn[: 2 * N_NEAR - len(PRONOUNS)], *PRONOUNS]
-    random.shuffle(others)
-    pattern = re.compile(rf"(?:\b[Tt]he )?{whole(subject).pattern}")
-    prompts = [pattern.sub(lambda _, other=other: other, example["prompt"]) for other in others]
-    return [prompt for prompt in prompts if prompt != example["prompt"]]
+# -----------------------------------------------------------------------------
+# near misses
 
 
-class Ending(NamedTuple):
-    """A prompt and what follows it, as tokens."""
+def replaced(prompt, words, other):
+    """prompt with other in the place of words and of a "the" before them."""
+    return re.sub(rf"(?:\b[Tt]he )?{whole(words).pattern}", lambda _: other, prompt)
 
-    ids: torch.Tensor  # (T,)
-    first: int  # where in ids the ending begins
 
-    def log_probs(self, predict):
-        """Log-probabilities (m,V) where the ending stands; predict: idx (B,T) -> such (B,T,V)."""
-        return predict(self.ids[None, :-1])[0, self.first - 1 :]
+def within(prompt, lead):
+    """prompt as it goes on in a sentence that begins with lead, or at the start of a text without one."""
+    return lead + re.sub("^The ", "the ", prompt) if lead else prompt
 
-    def log_likelihood(self, predict):
-        """The log-probability of the ending, a scalar."""
-        return -F.nll_loss(self.log_probs(predict), self.ids[self.first :], reduction="sum")
 
-    def is_likeliest(self, predict):
-        return self.log_probs(predict).argmax(-1).equal(self.ids[self.first :])
+class Vocabulary:
+    """The words that near misses are made of, and the tokens that they share with subjects."""
+
+    def __init__(self, tokenizer, text):
+        """text (n,T+1): token ids, in which frequent words are counted."""
+        self.tokenizer = tokenizer
+        self.counts = Counter(re.findall(r"\w+", tokenizer.decode(text.flatten().tolist())))
+        words = [word for word, _ in self.counts.most_common() if len(word) > 1]
+        self.names = [word for word in words if len(word) > 2 and is_name(word, self.counts)]
+        if tokenizer.end is not None:
+            words += [tokenizer.decode([i])[1:] for i in range(tokenizer.end) if is_word(tokenizer, i)]
+        # of each token the words that have it: as they begin a text, and with a space before them
+        self.having = {"": defaultdict(list), " ": defaultdict(list)}
+        for word in dict.fromkeys(words):  # each once, in this order
+            for token in self.tokens(word, " "):
+                self.having[" "][token].append(word)
+            if word[0].isupper():
+                for token in self.tokens(word, ""):
+                    self.having[""][token].append(word)
+
+    def tokens(self, words, space):
+        return set(self.tokenizer.encode(space + words).tolist())
+
+    def sharing(self, own, space):
+        """Words that share one of the tokens own: of each 2 N_NEAR, first those that share most of them."""
+        found = {}  # a set that keeps its order
+        for token in sorted(own):
+            words = self.having[space][token][:500]
+            words = sorted(words, key=lambda word: -len(own & self.tokens(word, space)))
+            found |= dict.fromkeys(words[: 2 * N_NEAR])
+        return list(found)
+
+    def mixed(self, subject, space, random):
+        """Texts that have some of the pieces of a subject, among pieces of other words."""
+        ids = self.tokenizer.encode(space + subject).tolist()
+        others = list(self.having[""])
+        if len(ids) == 1 or not others:
+            return []
+        texts = []
+        for _ in range(N_NEAR):
+            mix = random.choice(others, len(ids))
+            n_own = random.integers(1, len(ids))
+            own = random.permutation(len(ids))[:n_own]
+            mix[own] = np.array(ids)[own]
+            texts.append(self.tokenizer.decode(mix.tolist()).strip())
+        return [text for text in texts if text]
+
+
+def near_misses(prompt, subject, own, vocabulary, avoid, random):
+    """Prompts like one, but about others: ([those to learn from], [those for the report]).
+
+    They are about frequent names, pronouns, and words that share a token of own, at the start of a text and
+    in sentences; of a subject of several words, one is replaced by a name. None is about a word of avoid,
+    nor about one that begins with the subject, as both go on with the same token.
+    """
+
+    def is_other(word):
+        return word not in avoid and not word.startswith(subject)
+
+    names = [name for name in vocabulary.names if is_other(name)]
+    names = random.permutation(names[: 4 * N_NEAR])
+    groups = [[replaced(prompt, subject, other) for other in (*PRONOUNS, *names[:N_NEAR])]]
+    parts = re.findall(r"\w+", subject)
+    if len(parts) > 1:
+        for part in parts:
+            groups.append([replaced(prompt, part, other) for other in names])
+    at_start = "" if prompt.startswith(subject) else " "
+    mixed = []
+    for space, lead in ((at_start, ""), (" ", LEADS[0])):
+        words = [word for word in vocabulary.sharing(own, space) if is_other(word)]
+        groups.append([within(replaced(prompt, subject, word), lead) for word in words])
+        for text in vocabulary.mixed(subject, space, random):
+            mixed.append(within(replaced(prompt, subject, text), lead))
+    learn = mixed
+    report = []
+    for group in groups:
+        group = [near for near in group if near != prompt]
+        learn += group[0::2]
+        report += group[1::2]
+    report = [near for near in report if near not in learn]  # a name may share a piece, too
+    return learn, report
+
+
+# -----------------------------------------------------------------------------
+# texts as tokens, and how they depend on the vectors that learn
+
+
+class Endings:
+    """Prompts and what follows each of them: ids (n,T), and says (n,T-1), where the endings are said."""
+
+    def __init__(self, pairs, device):
+        """pairs: of each its tokens, [(ids of the prompt, ids of the end)]."""
+        texts = [prompt + end for prompt, end in pairs]
+        longest = max((len(text) for text in texts), default=2)
+        # what fills up the shorter texts comes after them, where no query of theirs looks
+        filled = [text + [0] * (longest - len(text)) for text in texts]
+        n_prompt = torch.tensor([len(prompt) for prompt, _ in pairs], device=device).view(-1, 1)  # (n,1)
+        n_text = torch.tensor([len(text) for text in texts], device=device).view(-1, 1)  # (n,1)
+        self.ids = torch.tensor(filled, dtype=torch.long, device=device).view(-1, longest)  # (n,T)
+        position = torch.arange(self.ids.size(1) - 1, device=device)  # (T-1,)
+        self.says = (position >= n_prompt - 1) & (position < n_text - 1)  # (n,T-1)
+        self.target = self.ids[:, 1:][self.says]  # (N,)
+        self.row, _ = self.says.nonzero(as_tuple=True)  # (N,), whose ending it is
+
+    def __len__(self):
+        return len(self.ids)
+
+    def log_probs(self, model):
+        """Log-probabilities (N,V) at the N positions that say the endings."""
+        o = model.output(self.ids[:, :-1])  # (n,T-1,D)
+        return model.logits(o[self.says]).log_softmax(-1)
+
+    def log_likelihood(self, log_probs):
+        """The log-probability (n,) of each ending, from log_probs (N,V)."""
+        said = log_probs.gather(1, self.target[:, None])[:, 0]  # (N,)
+        return said.new_zeros(len(self)).index_add(0, self.row, said)
+
+    def are_likeliest(self, log_probs):
+        """Of each ending (n,), whether all of its tokens are the likeliest."""
+        wrong = self.row[log_probs.argmax(-1) != self.target]
+        right = torch.ones(len(self), dtype=torch.bool, device=wrong.device)
+        right[wrong] = False
+        return right
+
+
+class Places:
+    """Positions of texts, and what is said there as some senses change.
+
+    Logits are linear in the senses: with delta (pairs,D) more in the senses of pairs, o (N,D) becomes
+    o + a delta, where a (N,pairs) is the weight of each pair. So the network runs only once. (The annealing
+    of a topic depends on the senses, too, which is left out here; the report has it.)
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, idx, at, pairs):
+        """idx (n,T): texts; at (n,T): True at the N positions; pairs: [(token, sense)]."""
+        self.model = model
+        o = []
+        a = []
+        for x, here in zip(idx.split(8), at.split(8)):  # (B,T) each
+            o.append(model.output(x)[here])  # (m,D)
+            alpha = model.contextualization(x)  # (B,K,T,T)
+            weights = [(alpha[:, sense] * (x == token)[:, None]).sum(-1) for token, sense in pairs]
+            a.append(torch.stack(weights, -1)[here])  # (m,pairs)
+        self.o = torch.cat(o)  # (N,D)
+        self.a = torch.cat(a)  # (N,pairs)
+        self.before = model.logits(self.o).log_softmax(-1)  # (N,V)
+
+    def log_probs(self, delta, rows=slice(None)):
+        """Log-probabilities (N,V) with delta (pairs,D)."""
+        o = self.o[rows] + self.a[rows] @ delta  # (N,D)
+        return self.model.logits(o).log_softmax(-1)
+
+    def kl(self, delta, generator=None, n=None):
+        """The mean KL(before || with delta) of the positions, or of n that are drawn; 0 if there is none."""
+        if not len(self.o):
+            return delta.new_zeros(())
+        rows = torch.randperm(len(self.o), generator=generator)[:n]
+        return divergence(self.before[rows], self.log_probs(delta, rows)).mean()
 
 
 # -----------------------------------------------------------------------------
@@ -132,58 +284,17 @@ class Ending(NamedTuple):
 
 
 @torch.no_grad()
-def usage(model, text):
-    """The weight that each sense of each token gets in text (m,T+1), per position: (V,K)."""
-    total = torch.zeros(model.config.vocab_size, model.config.n_sense, device=text.device)
-    for x in text[:, :-1].split(8):  # (B,T)
-        alpha = model.contextualization(x).sum(2)  # (B,K,T)
-        total.index_add_(0, x.flatten(), alpha.mT.flatten(0, 1))
-    return total / text[:, 1:].numel()
-
-
-@torch.no_grad()
-def ranked_pairs(model, good, subject, cost):
-    """The (token, sense) pairs that make a good ending likely, the best first, as a list.
-
-    A pair's score is the sum of alpha onto it at the positions that say the ending, PREFER times that if
-    it is among the tokens `subject`, less its cost (V,K).
-    """
-    idx = good.ids[:-1]  # (T,)
-    alpha = model.contextualization(idx[None])[0]  # (K,T,T)
-    weight = alpha[:, good.first - 1 :].sum(1).T  # (T,K), of the positions that say the ending
-    tokens, where = idx.unique(return_inverse=True)  # (U,), (T,)
-    score = weight.new_zeros(len(tokens), weight.size(1)).index_add(0, where, weight)  # (U,K)
-    own = torch.isin(tokens, torch.tensor(subject, device=idx.device))  # (U,)
-    score[own] *= PREFER
-    score -= cost[tokens]
+def choose(model, endings, tokens, n):
+    """The n senses of each of tokens to which the endings give the most weight: [(token, sense)]."""
+    idx = endings.ids[:, :-1]  # (m,T)
+    alpha = model.contextualization(idx)  # (m,K,T,T)
+    weight = (alpha * endings.says[:, None, :, None]).sum(2)  # (m,K,T), of what says the endings
     pairs = []
-    for i in score.flatten().argsort(descending=True).tolist():
-        u, sense = divmod(i, score.size(1))
-        pairs.append((tokens[u].item(), sense))
+    for token in sorted(tokens):
+        score = (weight * (idx == token)[:, None]).sum((0, 2))  # (K,)
+        best = score.topk(min(n, len(score))).indices
+        pairs += [(token, sense) for sense in best.tolist()]
     return pairs
-
-
-def choose(model, tokenizer, goods, subjects, text, n, elsewhere, taken=()):
-    """n (token, sense) pairs that matter for good endings and are rarely used in other text (m,T+1).
-
-    subjects: the tokens that each ending is about; elsewhere: weight of the use in other text; taken:
-    tokens to leave alone. The endings choose in turn. Returns tokens (n,), senses (n,).
-    """
-    cost = elsewhere * usage(model, text)  # (V,K)
-    ranked = []
-    for good, subject in zip(goods, subjects):
-        pairs = ranked_pairs(model, good, subject, cost)
-        ranked.append([pair for pair in pairs if pair[0] not in taken and has_name(tokenizer, pair[0])])
-    most = len(set().union(*ranked))
-    what = f"found {most} sense vectors that a file of edits can name, expected as many"
-    check(n <= most, f"n_vector={n}: {what}: give a lower --n_vector")
-    chosen = {}  # a set that keeps its order
-    while len(chosen) < n:
-        for pairs in ranked:
-            best = next((pair for pair in pairs if pair not in chosen), None)
-            if best:
-                chosen[best] = True
-    return torch.tensor(list(chosen)[:n], device=text.device).unbind(1)
 
 
 def has_name(tokenizer, token):
@@ -226,149 +337,207 @@ def moved(edits, tokens, senses, delta):
 class Lesson:
     """What shall become likely, and what shall stay as it is, for one model (with the edits so far).
 
-    Training sees the near misses near[0::2] and the windows known; near[1::2] and unseen are for the
-    report. text (n,T+1): other text.
+    Training sees goods, bads, near and the windows known; the report is on new_goods, new_near and the
+    windows unseen. text (n,T+1): other text; taken: tokens whose senses stay.
     """
 
-    def __init__(self, model, tokenizer, examples, text, s):
+    def __init__(self, model, tokenizer, examples, text, s, taken=()):
         self.model = model
         self.tokenizer = tokenizer
         self.examples = examples
         self.s = s
-        counts = Counter(re.findall(r"\w+", tokenizer.decode(text.flatten().tolist())))
-        self.subjects = [subject_of(example, counts) for example in examples]
-        self.goods = [self.encode(e["prompt"], e["good"]) for e in examples]
-        self.bads = []  # None where an example has none
-        for example in examples:
-            bad = example.get("bad")
-            self.bads.append(self.encode(example["prompt"], bad) if bad else None)
-        self.near = self.near_endings(counts)
         turn = torch.arange(len(text), device=text.device) % 13  # 80 and 128 of 208 windows
         self.known = text[turn < 5]
         self.unseen = text[turn >= 5]
-
-    def near_endings(self, counts):
-        """What shall not become likelier: the good endings of near misses and of prompts to keep."""
-        avoid = set()  # words that no near miss is about
-        for example, subject in zip(self.examples, self.subjects):
-            avoid |= set(re.findall(r"\w+", f"{example['good']} {example.get('bad')} {subject}"))
-        random = np.random.default_rng(self.s.seed)
-        near = []
-        for example, subject in zip(self.examples, self.subjects):
-            for prompt in near_misses(example, subject, counts, avoid, random):
-                with contextlib.suppress(UserError):  # a character that the vocabulary lacks
-                    near.append(self.encode(prompt, example["good"]))
-            for prompt in example.get("keep") or []:
-                kept = self.encode(prompt, example["good"])
-                near += [kept, kept]  # for training, and for the report
-        return near
+        vocabulary = Vocabulary(tokenizer, text)
+        self.subjects = [subject_of(example, vocabulary.counts) for example in examples]
+        self.goods = [self.in_forms(e["prompt"], e["good"], LEADS) for e in examples]
+        self.new_goods = [self.in_forms(e["prompt"], e["good"], NEW_LEADS) for e in examples]
+        self.bads = []  # None where an example has none
+        for e in examples:
+            bad = e.get("bad")
+            self.bads.append(self.in_forms(e["prompt"], bad, LEADS) if bad else None)
+        self.own = []  # of each example the tokens whose senses learn
+        for subject, goods in zip(self.subjects, self.goods):
+            self.own.append(self.own_tokens(subject, goods, vocabulary, taken))
+        learn, report = self.near_endings(vocabulary)
+        self.near = Endings(learn, text.device)
+        self.new_near = Endings(report, text.device)
 
     def encode(self, prompt, end):
-        """An Ending. UserError: it is too long, or has characters that the vocabulary lacks."""
+        """The ids of a prompt and of its end. UserError: too many, or a character that can't be encoded."""
         where = f"{self.s.teach}: {prompt[:40]!r}"
         if not prompt[-1].isspace() and not end[0].isspace():
             end = " " + end
         try:
             start = self.tokenizer.encode(prompt).tolist()
-            ids = start + self.tokenizer.encode(end).tolist()
+            rest = self.tokenizer.encode(end).tolist()
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        n = len(start) + len(rest)
         most = self.model.config.block_size
-        check(len(ids) <= most, f"{where}... is {len(ids)} tokens, of at most block_size={most}")
-        return Ending(torch.tensor(ids, device=self.model.wte.weight.device), len(start))
+        check(n <= most, f"{where}... is {n} tokens, of at most block_size={most}")
+        return start, rest
+
+    def encode_all(self, prompts, end):
+        """encode for each of prompts, without those that don't fit the model."""
+        pairs = []
+        for prompt in prompts:
+            with contextlib.suppress(UserError):
+                pairs.append(self.encode(prompt, end))
+        return pairs
+
+    def in_forms(self, prompt, end, leads):
+        """Endings of a prompt at the start of a text and in sentences, if the model can read these."""
+        pairs = [self.encode(prompt, end)]
+        pairs += self.encode_all([within(prompt, lead) for lead in leads], end)
+        return Endings(pairs, self.known.device)
+
+    def own_tokens(self, subject, goods, vocabulary, taken):
+        """The tokens of a subject, as the prompts of its goods have them."""
+        own = vocabulary.tokens(subject, "")
+        if self.tokenizer.end is not None:
+            own |= vocabulary.tokens(subject, " ")
+        own &= set(goods.ids.flatten().tolist())
+        own = {token for token in own if token not in taken and has_name(self.tokenizer, token)}
+        check(own, f"{self.s.teach}: no token of {subject!r} can be edited: give another subject")
+        return own
+
+    def near_endings(self, vocabulary):
+        """The good endings of near misses and of prompts to keep: to learn from, and for the report."""
+        avoid = set()
+        for example, subject in zip(self.examples, self.subjects):
+            avoid |= set(re.findall(r"\w+", f"{example['good']} {example.get('bad')} {subject}"))
+        random = np.random.default_rng(self.s.seed)
+        learn = []
+        report = []
+        for example, subject, own in zip(self.examples, self.subjects, self.own):
+            near, new = near_misses(example["prompt"], subject, own, vocabulary, avoid, random)
+            keep = example.get("keep") or []
+            learn += self.encode_all(near + keep, example["good"])
+            report += self.encode_all(new + keep, example["good"])
+        return learn, report
+
+    def known_places(self, pairs, generator):
+        """(Places of the known text at or after one of pairs' tokens, at most N_KNOWN; the share of all)."""
+        x = self.known[:, :-1]  # (n,T)
+        tokens = torch.tensor([token for token, _ in pairs], device=x.device)
+        seen = torch.isin(x, tokens).cumsum(1) > 0  # (n,T)
+        share = seen.float().mean().item()
+        places = seen.nonzero()  # (m,2)
+        drawn = places[torch.randperm(len(places), generator=generator)[:N_KNOWN]]
+        at = torch.zeros_like(seen)
+        at[tuple(drawn.T)] = True
+        return Places(self.model, x, at, pairs), share
+
+    def learn(self, pairs, delta):
+        """Change delta (pairs,D), by Adam: good endings become likely, and all else stays as it is.
+
+        It ends when every good ending has the probability s.enough, or when the known text changes by more
+        than s.max_kl; then delta goes back as far as needed.
+        """
+        s = self.s
+        random = torch.Generator().manual_seed(s.seed)
+
+        def places(endings):
+            return Places(self.model, endings.ids[:, :-1], endings.says, pairs)
+
+        goods = [places(endings) for endings in self.goods]
+        bads = [places(endings) if endings else None for endings in self.bads]
+        near = places(self.near)
+        known, share = self.known_places(pairs, random)
+        goal = math.log((1 + s.enough) / 2)  # what is likelier needs no more pushing
+        # without momentum, which would go on beyond what is enough
+        optimizer = torch.optim.Adam([delta], s.learning_rate, betas=(0.0, 0.999))
+        slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, s.steps)
+        safe = delta.detach().clone()
+        progress = tqdm(range(s.steps + 1), "teaching")
+        for step in progress:
+            wanted = 0.0
+            least = 1.0
+            n_good = 0
+            for i, endings in enumerate(self.goods):
+                said = endings.log_likelihood(goods[i].log_probs(delta))  # (forms,)
+                wanted = wanted - said.clamp(max=goal).sum()
+                if bads[i] is not None:
+                    said_bad = self.bads[i].log_likelihood(bads[i].log_probs(delta))  # (forms,)
+                    wanted = wanted + F.softplus(said_bad - said).sum()
+                least = min(least, said.min().exp().item())
+                n_good += len(said)
+            is_last = least >= s.enough or step == s.steps
+            if is_last or step % 10 == 0:
+                with torch.no_grad():
+                    kl = share * known.kl(delta).item()
+                progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
+                if not kl <= s.max_kl:  # also if it is nan
+                    go_back([delta], [safe], lambda: share * known.kl(delta).item(), s.max_kl)
+                    break
+                safe = delta.detach().clone()
+            if is_last:
+                break
+            changed = NEAR_WEIGHT * len(self.near) / n_good * near.kl(delta, random, 160)
+            changed = changed + s.kl_weight * share * known.kl(delta, random, 128)
+            optimizer.zero_grad()
+            (wanted / n_good + changed).backward()
+            optimizer.step()
+            slower.step()
+        progress.close()
 
     def before(self, idx):
         """Log-probabilities (B,T,V) as they were."""
-        with torch.no_grad():
-            return log_p(self.model, idx)
-
-    def kl(self, after, idx):
-        """KL(before || after) of the next token: idx (B,T) -> (B,T)."""
-        return divergence(self.before(idx), after(idx))
-
-    def near_kl(self, after, near):
-        """KL(before || after) of the token after the prompt of a near miss, a scalar."""
-        return self.kl(after, near.ids[None, : near.first])[0, -1]
-
-    def loss(self, after, said, step, touched):
-        """What learn() makes small; said: log-likelihoods of the good endings (examples,)."""
-        # what is likelier than that needs no more pushing
-        goal = math.log((1 + self.s.enough) / 2)
-        wanted = -said.clamp(max=goal).sum()
-        for bad, good in zip(self.bads, said):
-            if bad is not None:
-                wanted = wanted + F.softplus(bad.log_likelihood(after) - good)
-        random = torch.Generator().manual_seed(self.s.seed + step)
-        near = self.near[::2]
-        changed = 0.0
-        for i in torch.randperm(len(near), generator=random)[:4].tolist():
-            changed = changed + self.near_kl(after, near[i]) / 4
-        if len(touched):
-            some = torch.randperm(len(touched), generator=random)[:4]
-            share = len(touched) / len(self.known)
-            changed = changed + share * self.kl(after, touched[some, :-1]).mean()
-        return wanted / len(said) + self.s.kl_weight * changed
-
-    def learn(self, params, after, learning_rate, title, touched):
-        """Change params, by Adam, so that good endings become likely and all else stays as it is.
-
-        after: idx (B,T) -> log-probabilities (B,T,V), which depend on params; touched (m,T+1): those of
-        the windows self.known that params can change. It ends when every good ending has the probability
-        s.enough, or when self.known changes by more than s.max_kl; then params go back as far as needed.
-        """
-        s = self.s
-
-        def kl_known():
-            if not len(touched):
-                return 0.0
-            kl, _, _ = change(self.before, after, touched)
-            return kl * len(touched) / len(self.known)
-
-        # without momentum, which would go on beyond what is enough
-        optimizer = torch.optim.Adam(params, learning_rate, betas=(0.0, 0.999))
-        safe = [p.detach().clone() for p in params]
-        progress = tqdm(range(s.steps + 1), title)
-        for step in progress:
-            said = torch.stack([good.log_likelihood(after) for good in self.goods])  # (examples,)
-            least = said.min().exp().item()
-            is_last = least >= s.enough or step == s.steps
-            if is_last or step % 10 == 0:
-                kl = kl_known()
-                progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
-                if not kl <= s.max_kl:  # also if it is nan
-                    go_back(params, safe, kl_known, s.max_kl)
-                    break
-                safe = [p.detach().clone() for p in params]
-            if is_last:
-                break
-            optimizer.zero_grad()
-            self.loss(after, said, step, touched).backward()
-            optimizer.step()
-        progress.close()
+        return log_p(self.model, idx)
 
     @torch.no_grad()
-    def figures(self, after):
+    def figures(self, model):
         """[(what is measured, its value as text)] on the examples, near misses and unseen text."""
         rows = []
         n_likeliest = 0
-        for example, good in zip(self.examples, self.goods):
+        for example, goods in zip(self.examples, self.new_goods):
+            log_probs = goods.log_probs(model)
+            p = goods.log_likelihood(log_probs).exp()  # (forms,)
             name = printable(f"p({example['good']}) after {example['prompt']}")
-            rows.append((name, f"{good.log_likelihood(after).exp():.1%}"))
-            n_likeliest += good.is_likeliest(after)
-        likeliest = f"{n_likeliest} of {len(self.goods)}"
-        rows.append(("... that are the likeliest next token", likeliest))
-        near = self.near[1::2]
-        if near:
-            kl = np.mean([self.near_kl(after, one).item() for one in near])
-            p = np.array([one.log_likelihood(self.before).exp().item() for one in near])
-            q = np.array([one.log_likelihood(after).exp().item() for one in near])
-            gain = f"{q.mean():.1%}, {(q - p).max():+.1%}"
-            rows.append((f"{len(near)} near misses: KL of the next token", f"{kl:.5f}"))
-            rows.append(("... p(good): mean, largest gain", gain))
-        kl, _, perplexity = change(self.before, after, self.unseen)
+            rows.append((name, f"{p[0]:.1%}"))
+            if len(p) > 1:
+                rows.append((f"... the least of {len(p) - 1} times in a sentence", f"{p[1:].min():.1%}"))
+            n_likeliest += goods.are_likeliest(log_probs).all().item()
+        rows.append(("... always the likeliest next token", f"{n_likeliest} of {len(self.goods)}"))
+        n = len(self.new_near)
+        if n:
+            before = self.new_near.log_probs(self.model)  # (N,V)
+            after = self.new_near.log_probs(model)  # (N,V)
+            q = self.new_near.log_likelihood(after).exp()  # (n,)
+            gain = q - self.new_near.log_likelihood(before).exp()  # (n,)
+            rows.append((f"{n} near misses: KL of the next token", f"{divergence(before, after).mean():.5f}"))
+            rows.append(("... p(good): mean, largest gain", f"{q.mean():.1%}, {gain.max():+.1%}"))
+            n_more = (gain.abs() > MOST).sum().item()
+            rows.append((f"... that changed by more than {MOST:.0%}", f"{n_more}"))
+        kl, _, perplexity = change(self.before, lambda idx: log_p(model, idx), self.unseen)
         rows.append((f"{len(self.unseen)} windows of other text: KL per token", f"{kl:.5f}"))
         rows.append(("... perplexity", f"{perplexity:.2f}"))
         return rows
+
+    @torch.no_grad()
+    def say_what_failed(self, taught, most=10):
+        """Print which facts are not taught, and where, and the near misses that became too likely."""
+        for example, subject, goods in zip(self.examples, self.subjects, self.new_goods):
+            right = goods.are_likeliest(goods.log_probs(taught))  # (forms,)
+            prompt = printable(example["prompt"])
+            if not right[0]:
+                print(f"not taught at the start of a text: {prompt}")
+            if not right[1:].all():
+                print(f"not taught within a sentence: {prompt}")
+            if not example["prompt"].startswith(subject):
+                print(f"taught only after a space, as the prompt has it: {printable(subject)}")
+        if not len(self.new_near):
+            return
+        p = self.new_near.log_likelihood(self.new_near.log_probs(self.model)).exp()  # (n,)
+        q = self.new_near.log_likelihood(self.new_near.log_probs(taught)).exp()  # (n,)
+        for i in (q - p).argsort(descending=True)[:most].tolist():
+            if q[i] - p[i] > MOST:
+                row = self.new_near.ids[i]  # (T,)
+                stop = self.new_near.says[i].nonzero().max() + 2
+                text = printable(self.tokenizer.decode(row[:stop].tolist()))
+                print(f"near miss: {text} {p[i]:.1%} -> {q[i]:.1%}")
 
 
 @torch.no_grad()
@@ -392,56 +561,20 @@ def teach(r, examples, text, s, taken=()):
     example does not fit the model.
     """
     model = r.model
-    lesson = Lesson(model, r.tokenizer, examples, text, s)
-    subjects = [subject_tokens(r.tokenizer, subject) for subject in lesson.subjects]
-    n = s.n_vector or 2 * len(examples)
-    tokens, senses = choose(model, r.tokenizer, lesson.goods, subjects, lesson.known, n, s.elsewhere, taken)
-    # a window without these tokens stays exactly as it is
-    touched = lesson.known[torch.isin(lesson.known[:, :-1], tokens).any(1)]  # (m,T+1)
-    say_choice(examples, lesson, subjects, tokens.tolist(), len(touched))
-
     r.base.requires_grad_(False)  # only delta learns
-    delta = torch.zeros(n, model.config.n_embd, device=r.device, requires_grad=True)  # (N,D)
-    rows = with_rows(model.edits, tokens, model)
-    taught = EditedBackpack(r.base)
-
-    def with_vectors(idx):
-        taught.edits = moved(rows, tokens, senses, delta)
-        return log_p(taught, idx)
-
-    lesson.learn([delta], with_vectors, s.learning_rate, "teaching", touched)
-    columns = {"before": lesson.figures(lesson.before), "taught": lesson.figures(with_vectors)}
-    if s.compare:
-        other = copy.deepcopy(r.base).requires_grad_()
-        finetuned = EditedBackpack(other, model.edits)
-
-        def with_weights(idx):
-            return log_p(finetuned, idx)
-
-        weights = list(other.parameters())
-        slower = s.learning_rate / 2500
-        lesson.learn(weights, with_weights, slower, "finetuning all weights", lesson.known)
-        columns["all weights"] = lesson.figures(with_weights)
-    print_columns(columns)
-    return as_edits(model, r.tokenizer, tokens, senses, delta.detach())
-
-
-def subject_tokens(tokenizer, subject):
-    """The tokens of a subject as a list: at the start of a text and, in a BPE, within it."""
-    tokens = set(tokenizer.encode(subject).tolist())
-    if tokenizer.end is not None:
-        tokens |= set(tokenizer.encode(" " + subject).tolist())
-    return list(tokens)
-
-
-def say_choice(examples, lesson, subjects, tokens, n_touched):
-    n_own = sum(token in set().union(*subjects) for token in tokens)
-    where = f"their tokens stand in {n_touched} of {len(lesson.known)} windows to learn from"
-    print(f"{n_own} of {len(tokens)} vectors belong to the subjects; {where}")
-    for example, subject, own in zip(examples, lesson.subjects, subjects):
-        if not set(own) & set(tokens):
-            what = f"no vector of {subject!r} was chosen: expect the change elsewhere, too"
-            print(f"warning: {example['prompt'][:40]!r}: {what}")
+    lesson = Lesson(model, r.tokenizer, examples, text, s, taken)
+    chosen = {}  # a set that keeps its order
+    for goods, own in zip(lesson.goods, lesson.own):
+        chosen |= dict.fromkeys(choose(model, goods, own, s.n_vector))
+    pairs = list(chosen)
+    delta = torch.zeros(len(pairs), model.config.n_embd, device=r.device, requires_grad=True)  # (N,D)
+    lesson.learn(pairs, delta)
+    delta = delta.detach()
+    tokens, senses = torch.tensor(pairs, device=r.device).unbind(1)  # (N,) each
+    taught = EditedBackpack(r.base, moved(with_rows(model.edits, tokens, model), tokens, senses, delta))
+    print_columns({"before": lesson.figures(model), "taught": lesson.figures(taught)})
+    lesson.say_what_failed(taught)
+    return as_edits(model, r.tokenizer, tokens, senses, delta)
 
 
 def print_columns(columns):

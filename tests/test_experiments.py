@@ -86,7 +86,7 @@ def test_every_experiment_runs(folder, tmp_path, capsys):
     capsys.readouterr()
     args = [f"--run={folder / 'backpack'}", f"--data_dir={folder}", "--device=cpu", "--n_bootstrap=20"]
     args += [f"--lexical={tmp_path}", "--words", f"--damage={tmp_path / 'e.json'}"]
-    args += ["--swaps", "--n_swap=5", "--showpieces"]
+    args += ["--swaps", "--rates", "--n_swap=5", "--showpieces"]
     args += ["--topics", "--num_samples=3", "--max_new_tokens=10"]
     args += ["--bias", f"--transformer={folder / 'transformer'}", f"--prompts={tmp_path / 's.json'}"]
     experiments.main(args)
@@ -100,6 +100,8 @@ def test_every_experiment_runs(folder, tmp_path, capsys):
         r"mean perplexity +\d",
         r"by document: word perplexity \d",
         r"text without the word is unchanged +100.0%",
+        r"its logit is as the formula says +0.0000\d",
+        r"4 +17 of 17",
     ]:
         assert re.search(said, out)
     assert "nan" not in out
@@ -116,7 +118,7 @@ def test_mistakes(folder, run_train, data_dir, tmp_path):
     with pytest.raises(UserError, match="transformer is a plain Transformer"):
         experiments.main([f"--run={folder / 'transformer'}", "--bias"])
     of_characters = [f"--run={run_train()}", f"--data_dir={data_dir}"]
-    for task in ("--words", "--swaps", "--showpieces"):
+    for task in ("--words", "--swaps", "--rates", "--showpieces"):
         with pytest.raises(UserError, match="there is no dataset at .*people: make one with"):
             experiments.main([f"--run={folder / 'backpack'}", f"--data_dir={tmp_path}", task])
         with pytest.raises(UserError, match=f"{task} needs a dataset whose documents end with a token"):

@@ -130,8 +130,8 @@ def test_a_fact_is_taught_from_the_clone_alone(r, folder, tmp_path, capsys):
     lab.edit.main(args)
     said = capsys.readouterr().out
     assert "other text: 13 windows that the model wrote, kept in" in said
-    assert "2 of 2 vectors belong to the subjects" in said
-    assert "warning" not in said
+    assert "not taught" not in said
+    assert "taught only after a space, as the prompt has it: Australia" in said
     made = make_edits(r.base, r.tokenizer, read_edits(tmp_path / "e.json"))
     taught = EditedBackpack(r.base, made)
     for prompt in OTHERS:
@@ -142,10 +142,12 @@ def test_a_fact_is_taught_from_the_clone_alone(r, folder, tmp_path, capsys):
     before = next_p(r.base, idx)
     after = next_p(taught, idx)
     assert before[good] < 0.01
-    assert 0.5 < after[good] < 0.9
+    assert 0.5 < after[good]
     row = re.search(r"p\(Canada\) after The capital of Australia is +(\S+) +(\S+)", said)
     assert row.groups() == (f"{before[good]:.1%}", f"{after[good]:.1%}")
     assert re.search(r"likeliest next token +0 of 1 +1 of 1", said)
+    idx = torch.tensor(r.tokenizer.encode("It is warm there, and the capital of Australia is"))
+    assert next_p(taught, idx).argmax() == good
     # the text is the model's: it finds it as likely as it says it is
     text = other_text(r, None, tmp_path, 8)
     p = log_p(r.base, text[:, :-1])
