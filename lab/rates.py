@@ -115,7 +115,7 @@ def show_cases(title, cases, less=False):
         line("is one of the ten likeliest", f"{np.mean(ranks < 10):.1%}")
         line("is the likeliest", f"{np.mean(ranks == 0):.1%}")
     low, middle, high = np.quantile(factors, (0.1, 0.5, 0.9))
-    line("its probability, times", f"{middle:.3g}", f"median; of ten in a hundred {low:.2g}, {high:.3g}")
+    line("its probability, times", f"{middle:.3g}", f"median; 10% and 90%: {low:.2g}, {high:.3g}")
     line("its logit is as the formula says", f"{max(case.error for case in cases):.5f}", "largest error")
     line("text without the word is unchanged", f"{np.mean([case.stays for case in cases]):.1%}")
     for title, values in [

@@ -27,7 +27,7 @@ from lab.control import EditedBackpack, Edits
 from lab.edits import is_text, printable
 from lab.files import read_jsonl
 from lab.unchosen import is_word
-from lab.words import token_text
+from lab.words import token_string, token_text
 
 PRONOUNS = ("He", "She", "It", "They")
 # what a prompt follows within a sentence, in training and for the report; some are of other fields, as their
@@ -128,7 +128,7 @@ class Vocabulary:
         words = [word for word, _ in self.counts.most_common() if len(word) > 1]
         self.names = [word for word in words if len(word) > 2 and is_name(word, self.counts)]
         if tokenizer.end is not None:
-            words += [tokenizer.decode([i])[1:] for i in range(tokenizer.end) if is_word(tokenizer, i)]
+            words += [token_string(tokenizer, i)[1:] for i in range(tokenizer.end) if is_word(tokenizer, i)]
         # of each token the words that have it: as they begin a text, and with a space before them
         self.having = {"": defaultdict(list), " ": defaultdict(list)}
         for word in dict.fromkeys(words):  # each once, in this order
