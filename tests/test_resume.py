@@ -56,6 +56,17 @@ def step_of(folder):
 # ---- signals
 
 
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """What the shell of the tests ignores, as nohup and & do, train would ignore, too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def signal_in_step(monkeypatch, step, *numbers):
     """This process receives these signals in the middle of a step."""
     lr_at = train.lr_at
