@@ -178,7 +178,8 @@ def pick_device(name):
             torch.ones(1, device=device)
         except RuntimeError as error:  # a driver that is too old, a GPU that this torch has no code for
             reason = str(error).splitlines()[0]
-            raise UserError(f"{device} can't run this build of torch (README, Limits): {reason}") from None
+            hint = "README's limits say which build of torch is for which GPU"
+            raise UserError(f"{device} can't be used: {reason}; {hint}") from None
     return device
 
 

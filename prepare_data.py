@@ -334,6 +334,8 @@ def given_tokenizer(name, end_token=None):
         expected = "char, gpt2, bpe, a tokenizer.json, or the folder of a dataset or run"
         raise UsageError(f"unknown tokenizer {name!r}: expected {expected}")
     check(spec, f"{name} has no tokenizer: it was imported without one")
+    used = spec["kind"] == "library" or not end_token
+    check(used, f"end_token has no effect on the tokenizer of {name}: leave it out")
     return spec
 
 
@@ -364,6 +366,7 @@ def is_made(folder, source):
             check(not (folder / name).exists(), f"{folder} has a {name} of unknown source: {hint}")
         return False
     made = json.loads((folder / "meta.json").read_text()).get("source") or {}
+    made.setdefault("column", "text")  # of a dataset from before there was a choice
     for key, value in source.items():
         what = f"{folder} was made with {key}={made.get(key)!r}, not {value!r}"
         check(made.get(key) == value, f"{what}: {hint}")
@@ -459,6 +462,15 @@ def check_settings(settings, given, is_own):
         raise UsageError(f"documents={settings.documents!r}: {error}: {expected}") from None
 
 
+def check_kinds(files, given):
+    """UsageError: a setting is for other kinds of files than these."""
+    kinds = {suffix(path) in ROWS for path in files}
+    if "column" in given and True not in kinds:
+        raise UsageError("column has no effect: no input is .jsonl or .parquet")
+    if "documents" in given and False not in kinds:
+        raise UsageError("documents has no effect: in .jsonl and .parquet each row is one")
+
+
 def source_of(settings, files):
     """What a dataset is made of: if this is the same, it need not be made again."""
     keys = ("dataset", "input", "tokenizer", "end_token", "vocab_size")
@@ -510,6 +522,7 @@ def main(argv):
     files = []
     if read is own_text:
         files = find_files(settings.input)
+        check_kinds(files, given)
     source = source_of(settings, files)
     folder = Path(settings.data_dir) / settings.dataset
     if not settings.overwrite and is_made(folder, source):

@@ -101,8 +101,13 @@ def load_data(folder):
     else:
         meta = nanogpt_meta(folder)
     train, val = [np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "val")]
-    fits = val.max() < meta["vocab_size"]
-    check(fits, f"{folder} has a token {val.max()}, but a vocabulary of {meta['vocab_size']} tokens")
+    largest = max(train[:10_000_000].max(), val.max())  # more would take long
+    vocab_size = meta["vocab_size"]
+    check(largest < vocab_size, f"{folder} has a token {largest}, but a vocabulary of {vocab_size} tokens")
+    # characters would have small ids; a dataset may have lost its description on the way
+    has_meta = (folder / "meta.json").exists() or (folder / "meta.pkl").exists()
+    hint = "are these GPT-2's tokens? Copy the dataset's meta.json or meta.pkl, too"
+    check(has_meta or largest > vocab_size // 2, f"{folder} has no token above {largest}: {hint}")
     return train, val, meta
 
 

@@ -341,12 +341,15 @@ def find_tokenizer(s, path, size):
 
     UserError: it is in files that we don't read, so that GPT-2's in its place would be wrong.
     """
+    folder = path if path.is_dir() else path.parent
+    has_file = (folder / "tokenizer.json").is_file()
+    used = s.tokenizer not in ("auto", "none") or (s.tokenizer == "auto" and has_file)
+    check(used or not s.end_token, "end_token has no effect without a tokenizer.json: leave it out")
     if s.tokenizer == "none":
         return None
     if s.tokenizer != "auto":
         return given_tokenizer(s.tokenizer, s.end_token)
-    folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").is_file():
+    if has_file:
         return read_tokenizer(folder, s.end_token)
     if size not in GPT2_ROWS:
         return None

@@ -30,11 +30,12 @@ from lab.words import token_text, word_forms, word_id, word_ids
 
 FORMS = {  # an edit as text; the names in braces are the keys of its dict
     "scale": "{word} {sense} {factor}",
-    "swap": "{word}: {from} -> {to} margin {margin}",  # as text also without "margin ..."
+    "swap": "{word}: {from} -> {to} [margin {margin}]",  # as text also without what is in brackets
     "paper_swap": "{word}: {from} -> {to}",
     "topic": "{words} {strength}",
     "replace": "{word} {sense} by {by} {by_sense}",  # or by a "vector", in a file
 }
+OPTIONAL = re.compile(r" \[(.+)\]")
 LARGEST = 1e6  # of the numbers that edits make, so that logits stay finite
 
 
@@ -153,15 +154,14 @@ def parse_one(text):
     if form not in FORMS:
         forms = "; ".join(f"{name} {capitals(FORMS[name])}" for name in FORMS)
         raise UserError(f"{where}: expected {forms}")
-    pattern = re.sub(r"\{(\w+)\}", r'(?P<\1>"[^"]+"|\\S+)', FORMS[form])
+    pattern = OPTIONAL.sub(r"(?: \1)?", FORMS[form])
+    pattern = re.sub(r"\{(\w+)\}", r'(?P<\1>"[^"]+"|\\S+)', pattern)
     match = re.fullmatch(pattern, rest.strip())
-    if not match and form == "swap":
-        match = re.fullmatch(pattern, f"{rest.strip()} margin {MARGIN}")
     check(match, f"{where}: expected {form} {capitals(FORMS[form])}")
     edit = {"edit": form}
     for key, value in match.groupdict().items():
         is_word = VALUES[key][0] is is_text
-        edit[key] = value if is_word else as_number(value)
+        edit[key] = value if is_word else as_number(value or str(MARGIN))
     check_edit(edit, where)
     return edit
 
@@ -186,7 +186,8 @@ def describe(edit):
     if "vector" in edit:
         norm = math.hypot(*edit["vector"])
         return printable(f"replace {edit['word']} {edit['sense']} by a vector of norm {norm:.4g}")
-    return printable(f"{edit['edit']} {FORMS[edit['edit']].format(**edit)}")
+    form = OPTIONAL.sub(r" \1", FORMS[edit["edit"]])
+    return printable(f"{edit['edit']} {form.format(**edit)}")
 
 
 def summary(edits):
@@ -275,10 +276,13 @@ def apply(edit, changed, tokenizer):
         to_token = word_id(tokenizer, edit["to"])
         E_from = changed.E[from_token]  # (D,)
         E_to = changed.E[to_token]  # (D,)
+        if edit["edit"] == "swap":
+            check(from_token != to_token, "FROM and TO are the same token")
+            speaks = any((changed.now(token) @ E_from > 0).any() for token in tokens)
+            check(speaks, "no sense of WORD says FROM, so there is nothing to swap")
         for token in tokens:
             C = changed.now(token)  # (K,D)
             if edit["edit"] == "swap":
-                check(from_token != to_token, "FROM and TO are the same token")
                 C = exchanged(C, E_from, E_to, edit["margin"], changed.inverse)
             else:
                 C = swapped(C, E_from, E_to)

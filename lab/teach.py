@@ -128,7 +128,9 @@ class Vocabulary:
         words = [word for word, _ in self.counts.most_common() if len(word) > 1]
         self.names = [word for word in words if len(word) > 2 and is_name(word, self.counts)]
         if tokenizer.end is not None:
-            words += [token_string(tokenizer, i)[1:] for i in range(tokenizer.end) if is_word(tokenizer, i)]
+            for i in range(tokenizer.vocab_size):
+                if is_word(tokenizer, i):
+                    words.append(token_string(tokenizer, i)[1:])
         # of each token the words that have it: as they begin a text, and with a space before them
         self.having = {"": defaultdict(list), " ": defaultdict(list)}
         for word in dict.fromkeys(words):  # each once, in this order
@@ -351,12 +353,14 @@ class Lesson:
         self.unseen = text[turn >= 5]
         vocabulary = Vocabulary(tokenizer, text)
         self.subjects = [subject_of(example, vocabulary.counts) for example in examples]
-        self.goods = [self.in_forms(e["prompt"], e["good"], LEADS) for e in examples]
-        self.new_goods = [self.in_forms(e["prompt"], e["good"], NEW_LEADS) for e in examples]
+        self.goods = []
         self.bads = []  # None where an example has none
-        for e in examples:
-            bad = e.get("bad")
-            self.bads.append(self.in_forms(e["prompt"], bad, LEADS) if bad else None)
+        self.new_goods = []
+        for example in examples:
+            forms = self.forms(example, LEADS)
+            self.goods.append(self.endings(forms, example["good"]))
+            self.bads.append(self.endings(forms, example["bad"]) if example.get("bad") else None)
+            self.new_goods.append(self.endings(self.forms(example, NEW_LEADS), example["good"]))
         self.own = []  # of each example the tokens whose senses learn
         for subject, goods in zip(self.subjects, self.goods):
             self.own.append(self.own_tokens(subject, goods, vocabulary, taken))
@@ -387,11 +391,19 @@ class Lesson:
                 pairs.append(self.encode(prompt, end))
         return pairs
 
-    def in_forms(self, prompt, end, leads):
-        """Endings of a prompt at the start of a text and in sentences, if the model can read these."""
-        pairs = [self.encode(prompt, end)]
-        pairs += self.encode_all([within(prompt, lead) for lead in leads], end)
-        return Endings(pairs, self.known.device)
+    def forms(self, example, leads):
+        """The prompt of an example at the start of a text, and in those sentences that the model can read."""
+        prompt = example["prompt"]
+        forms = [prompt]
+        for lead in leads:
+            form = within(prompt, lead)
+            ends = [example["good"], example.get("bad") or example["good"]]
+            if all(self.encode_all([form], end) for end in ends):
+                forms.append(form)
+        return forms
+
+    def endings(self, prompts, end):
+        return Endings([self.encode(prompt, end) for prompt in prompts], self.known.device)
 
     def own_tokens(self, subject, goods, vocabulary, taken):
         """The tokens of a subject, as the prompts of its goods have them."""
@@ -526,7 +538,8 @@ class Lesson:
                 print(f"not taught at the start of a text: {prompt}")
             if not right[1:].all():
                 print(f"not taught within a sentence: {prompt}")
-            if not example["prompt"].startswith(subject):
+            at_start = set(self.tokenizer.encode(subject).tolist())
+            if not at_start <= set(goods.ids.flatten().tolist()):
                 print(f"taught only after a space, as the prompt has it: {printable(subject)}")
         if not len(self.new_near):
             return

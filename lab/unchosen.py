@@ -116,7 +116,7 @@ class Text:
 
 def is_word(tokenizer, token):
     text = token_string(tokenizer, token)
-    return text[0] == " " and text[1:].isalpha()
+    return text[:1] == " " and text[1:].isalpha()
 
 
 def name(tokenizer, token):

@@ -101,11 +101,11 @@ def test_swap_exchanges_what_senses_say_and_disturbs_least():
     assert 5 < n_changed < 20
 
 
-def test_a_swap_of_what_no_sense_says_changes_nothing():
+def test_a_swap_of_what_no_sense_says_is_refused():
     model = tiny()
     model.wte.weight[1] = 0
-    now = edited(model, "swap a: b -> c").senses(torch.tensor(0))
-    assert torch.equal(now, model.senses(torch.tensor(0)))
+    with pytest.raises(UserError, match="no sense of WORD says FROM"):
+        edited(model, "swap a: b -> c")
 
 
 def test_vectors_come_first_each_upon_those_before_and_factors_multiply():

@@ -278,6 +278,16 @@ def test_null_and_half_a_surrogate_pair(tmp_path, capsys):
 # ---- validation
 
 
+@pytest.mark.parametrize(
+    "name, setting", [("t.txt", {"column": "body"}), ("t.jsonl", {"documents": "blank_line"})]
+)
+def test_a_setting_for_other_kinds_of_files_is_refused(tmp_path, name, setting):
+    (key,) = setting
+    path = write(tmp_path / name, jsonl(lines(30)))
+    with pytest.raises(UsageError, match=f"{key} has no effect"):
+        prepare(tmp_path, input=path, tokenizer="char", **setting)
+
+
 def hashed(texts, share):
     """The documents that a hash of their text has always put into validation."""
     keys = [hashlib.blake2b(text.encode(), digest_size=8, key=b"2357").digest() for text in texts]
@@ -288,8 +298,10 @@ def hashed(texts, share):
 def test_the_split_by_hash_never_changes(tmp_path, name):
     """If no document falls in, the last is for validation."""
     texts = lines(600)
-    content = jsonl(texts) if name == "t.jsonl" else "\n\n".join(texts)
-    settings = {"input": write(tmp_path / name, content), "documents": "blank_line"}
+    if name == "t.jsonl":
+        settings = {"input": write(tmp_path / name, jsonl(texts))}
+    else:
+        settings = {"input": write(tmp_path / name, "\n\n".join(texts)), "documents": "blank_line"}
     _, val, _ = prepare(tmp_path, **settings, tokenizer="gpt2")
     assert documents(val) == hashed(texts, 0.01)
     assert len(documents(val)) == 5

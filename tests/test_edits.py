@@ -82,8 +82,11 @@ def test_files_of_text(tmp_path):
     "text, message",
     [
         ("scale a 0", "edit 'scale a 0': expected scale WORD SENSE FACTOR"),
-        ("scala a 0 1", "expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO margin MARGIN; paper_swap"),
-        ("swap a: b", "expected swap WORD: FROM -> TO margin MARGIN"),
+        (
+            "scala a 0 1",
+            "expected scale WORD SENSE FACTOR; swap WORD: FROM -> TO [margin MARGIN]; paper_swap",
+        ),
+        ("swap a: b", "expected swap WORD: FROM -> TO [margin MARGIN]"),
         ("swap a: b -> c margin x", "margin is 'x', expected a number from 0"),
         ("swap a: b -> b", "swap a: b -> b margin 14: FROM and TO are the same token"),
         ("swap ab: c -> d", "'ab' is 2 tokens here, a b: this needs a word of one token, or one of these"),

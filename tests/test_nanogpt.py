@@ -176,3 +176,16 @@ def test_a_pickle_of_others_does_nothing(tmp_path, capsys, content, message):
         nanogpt_meta(tmp_path)
     assert not (tmp_path / "made").exists()
     assert "EXECUTED" not in capsys.readouterr().out
+
+
+def test_a_dataset_that_lost_its_description_is_refused(tmp_path):
+    """Its characters would be tokens of GPT-2. One that is not in meta.pkl is refused, too."""
+    for split in ("train", "val"):
+        np.arange(60, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(UserError, match="has no token above 59: are these GPT-2's tokens"):
+        train.load_data(tmp_path)
+    meta = {"vocab_size": len(CHARACTERS), "itos": dict(enumerate(CHARACTERS))}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    np.arange(9, dtype="<u2").tofile(tmp_path / "val.bin")
+    with pytest.raises(UserError, match="has a token 59, but a vocabulary of 13 tokens"):
+        train.load_data(tmp_path)

@@ -59,6 +59,10 @@ class Syllables:
     def __init__(self):
         self.pieces = ["<end>"]
 
+    @property
+    def vocab_size(self):
+        return len(self.pieces)
+
     def encode(self, text):
         ids = []
         for piece in re.findall(r" ?\S{1,2}", text):
