@@ -4,6 +4,8 @@ Compare runs: the settings in which they differ, how far they came, and curves o
 $ python -m lab.curves out/a out/b                                       a table
 $ python -m lab.curves out/a out/b --plot=curves.svg                     and a picture of the validation loss
 $ python -m lab.curves out/* --plot=curves.png --figures=val_loss,loss --x=seconds
+
+A run that was trained with --log_senses has sense_share and positions_in_sight, a line for each sense.
 """
 
 import statistics
@@ -26,6 +28,8 @@ TITLES = {  # of figures; any other one has its own name
     "lr": "learning rate",
     "grad_norm": "norm of the gradient",
     "tokens_per_second": "tokens per second",
+    "sense_share": "share of a sense in the sum",
+    "positions_in_sight": "positions in sight of a sense, exp(entropy of α)",
     "mfu": "share of the device's peak FLOP/s",
 }
 X_LABELS = {"steps": "step", "seconds": "seconds of training and evaluation"}

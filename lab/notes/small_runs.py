@@ -111,13 +111,10 @@ def inside(model, batch):
     logits, _ = model(x)  # (B,T,V)
     values = {"loss": cross_entropy(logits, batch[:, 1:]).mean(0)}
     if model.config.n_sense:
-        alpha = model.contextualization(x)  # (B,K,T,T)
-        C = model.senses(x)  # (B,T,K,D)
-        entropy = (-alpha * alpha.clamp(min=1e-30).log()).sum(-1)  # (B,K,T)
-        values["sight"] = entropy.mean((0, 2)).exp()
-        values["norm"] = C.norm(dim=-1).mean((0, 1))
-        part = torch.einsum("bkij,bjkd->bikd", alpha, C).norm(dim=-1)  # (B,T,K)
-        values["use"] = (part / part.sum(-1, keepdim=True)).mean((0, 1))
+        use = train.sense_use(model, x)
+        values["sight"] = torch.tensor(use["positions_in_sight"])
+        values["use"] = torch.tensor(use["sense_share"])
+        values["norm"] = model.senses(x).norm(dim=-1).mean((0, 1))  # of (B,T,K)
     return values
 
 
