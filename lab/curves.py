@@ -8,6 +8,7 @@ $ python -m lab.curves out/* --plot=curves.png --figures=val_loss,loss --x=secon
 A run that was trained with --log_senses has sense_share and positions_in_sight, a line for each sense.
 """
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def make_panel(runs, figure, s):
 
 
 def results(records):
-    """How far a run came, as {column: text}."""
+    """How far a run came, as {column: text}: its last figures, the best loss, the median speed."""
     columns = {"step": f"{records[-1]['step']:,}" if records else "0"}
     steps, losses = logged(records, "val_loss")
     if len(losses):
@@ -105,9 +106,13 @@ def results(records):
 
 def differences(configs):
     """Of {name: settings}, those settings in which the runs differ, as {name: {setting: text}}."""
-    keys = dict.fromkeys(key for config in configs.values() for key in config if key not in PLACES)
-    differing = [key for key in keys if len({str(config.get(key, "-")) for config in configs.values()}) > 1]
-    return {name: {key: str(config.get(key, "-")) for key in differing} for name, config in configs.items()}
+    rows = {name: {} for name in configs}
+    for key in dict.fromkeys(itertools.chain(*configs.values())):
+        texts = {name: str(config.get(key, "-")) for name, config in configs.items()}
+        if key not in PLACES and len(set(texts.values())) > 1:
+            for name, text in texts.items():
+                rows[name][key] = text
+    return rows
 
 
 def print_table(rows):

@@ -48,7 +48,7 @@ class Settings:
     steps: int = 1000  # per run, a multiple of 10
     data_dir: str = "data"  # where datasets lie
     out_dir: str = "out/small_runs"  # where the runs go
-    svg: str = "lab/notes/small_runs.svg"  # the picture to draw: .svg, .png or .pdf
+    svg: str = "lab/notes/small_runs.svg"  # the picture to draw
     senses: str = ""  # run folders, separated by commas: measure these instead
 
 
