@@ -106,12 +106,22 @@ def draw_curves(file, panels, title=""):
         axis.set(xlabel=panel.x_label, xscale=panel.x_scale, yscale=panel.y_scale)
         axis.set_title(panel.title, loc="left", fontsize=9)
         axis.grid(color="#e4e4e4", linewidth=0.6)
-        if panel.x_scale == "linear":
-            axis.xaxis.set_major_formatter("{x:,.0f}")
+        set_ticks(axis.xaxis)
+        set_ticks(axis.yaxis)
     # below the panels, where it hides no curve and has room for names of any length
     lines = [axes[0, 0].plot([], [], **style)[0] for style in styles.values()]
     figure.legend(lines, names, loc="outside lower left", frameon=False, handlelength=3.5)
     save(figure, file, title)
+
+
+def set_ticks(axis):
+    """Plain numbers along an axis; on a logarithmic one, at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter("{x:,.10g}")
 
 
 def pyplot():
