@@ -23,6 +23,7 @@ STYLE = {  # of matplotlib
 # of the curves of a run; in grey, their dashes tell them apart
 COLORS = ("black", "#d55e00", "#0072b2", "#e69f00", "#009e73")
 DASHES = ("-", "--", "-.", ":")
+NUMBER = "{x:,.10g}"  # 20,000 and 0.5
 
 
 def expect_picture(path):
@@ -101,27 +102,28 @@ def draw_curves(file, panels, title=""):
     for axis, panel in zip(axes.flat, panels):
         for name, (x, y) in panel.curves.items():
             width = 1.5 if np.ndim(y) == 1 else 0.6
-            points = "o" if len(x) <= 30 else None  # one point is no line
+            points = "o" if np.size(y) <= 50 else None  # few can be seen, and one is no line
             axis.plot(x, y, **styles[name], linewidth=width, marker=points, markersize=2 * width)
         axis.set(xlabel=panel.x_label, xscale=panel.x_scale, yscale=panel.y_scale)
         axis.set_title(panel.title, loc="left", fontsize=9)
         axis.grid(color="#e4e4e4", linewidth=0.6)
-        set_ticks(axis.xaxis)
-        set_ticks(axis.yaxis)
+        axis.xaxis.set_major_formatter(NUMBER)
+        label_powers(axis.xaxis)
+        label_powers(axis.yaxis)
     # below the panels, where it hides no curve and has room for names of any length
     lines = [axes[0, 0].plot([], [], **style)[0] for style in styles.values()]
     figure.legend(lines, names, loc="outside lower left", frameon=False, handlelength=3.5)
     save(figure, file, title)
 
 
-def set_ticks(axis):
-    """Plain numbers along an axis; on a logarithmic one, at 1, 2 and 5 times the powers of ten."""
+def label_powers(axis):
+    """Plain numbers along a logarithmic axis, at 1, 2 and 5 times the powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter("{x:,.10g}")
+        axis.set_major_formatter(NUMBER)
 
 
 def pyplot():
