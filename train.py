@@ -63,6 +63,7 @@ class Settings(BackpackConfig):
     full_val: bool = False  # ... on all of it
     eval_only: bool = False  # evaluate, print and exit; writes nothing
     save_best: bool = False  # keep the checkpoint of the lowest validation loss, too: best.pt
+    log_senses: bool = False  # at evaluations, log each sense's share of the sum and how far it looks
     log_interval: int = 10
     wandb: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline needs no key)
     wandb_project: str = "nanoBackpack"
@@ -294,6 +295,20 @@ def catch_signals(stop):
         number = getattr(signal, name, None)  # Windows has fewer
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handler)
+
+
+@torch.no_grad()
+def sense_use(model, x):
+    """How a Backpack uses its senses in windows x (B,T), as figures to log: a number for each sense.
+
+    sense_share: the share of its part in the lengths of all K parts of the sum o. positions_in_sight:
+    the exponential of the mean entropy of alpha, 1 if it always looks at one position.
+    """
+    alpha = model.contextualization(x)  # (B,K,T,T)
+    parts = torch.einsum("blij,bjld->bild", alpha, model.senses(x)).norm(dim=-1)  # (B,T,K)
+    share = (parts / parts.sum(-1, keepdim=True)).mean((0, 1))  # (K,)
+    sight = torch.special.entr(alpha).sum(-1).mean((0, 2)).exp()  # (K,)
+    return {"sense_share": share.tolist(), "positions_in_sight": sight.tolist()}
 
 
 def start_wandb(s, run_id):
@@ -588,10 +603,18 @@ def train(argv):
             save()
             if s.save_best and val_loss == best:
                 save("best.pt")
+            senses = {}
+            if s.log_senses and s.n_sense and master:
+                # one micro-batch, spread over the windows, as all of alpha is held in memory
+                some_starts = val_starts[:: math.ceil(len(val_starts) / B)]
+                x, _, _ = get_batch(val_data, some_starts, T, device)
+                senses = sense_use(model.eval(), x)
+                model.train()
             log(
                 described(val_loss),
                 val_loss=val_loss,
                 bits_per_byte=val_loss * bits if bits else None,
+                **senses,
             )
             t0 = time.time()
             step0 = step

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from configurator import UserError, check, configure, run, typed
 from lab.edits import check_edits
 from lab.export import cast, export
-from lab.files import filling, read_json, write_text
+from lab.files import filling, read_json, read_metrics, write_text
 from lab.layouts import GPT2_ROWS, LAYOUTS, READ_ONLY, WITHOUT_SENSES, detect, infer_config, to_ours
 from lab.tokenizer_json import is_gpt2, read_tokenizer
 from model import Backpack, BackpackConfig, load_checkpoint
@@ -222,12 +222,7 @@ def read_run(source):
     folder = Path(source)
     if folder.is_file():
         folder = folder.parent
-    log = folder / "metrics.jsonl"
-    records = []
-    if log.is_file():
-        # a run that was killed may have left half a line at the end
-        whole, _, _ = log.read_text().rpartition("\n")
-        records = [json.loads(line) for line in whole.splitlines()]
+    records = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
     return kept, [record for record in records if record["step"] <= ckpt["step"]]
 
 

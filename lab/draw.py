@@ -1,7 +1,9 @@
-"""Pictures of lab.look: bars of what senses say, a heat map of the parts of a logit (needs matplotlib)."""
+"""Pictures of the lab: bars, a heat map of the parts of a logit, curves of runs (needs matplotlib)."""
 
+import itertools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,11 +13,17 @@ from tokenizer import require
 STYLE = {  # of matplotlib
     "figure.constrained_layout.use": True,
     "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "nanoBackpack",  # the same picture has the same names inside
     "text.parse_math": False,  # a $ in a word is a $
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+
+# of the curves of a run; in grey, their dashes tell them apart
+COLORS = ("black", "#d55e00", "#0072b2", "#e69f00", "#009e73")
+DASHES = ("-", "--", "-.", ":")
+NUMBER = "{x:,.10g}"  # 20,000 and 0.5
 
 
 def expect_picture(path):
@@ -67,6 +75,55 @@ def draw_parts(file, title, parts, tokens, kind):
             axes.text(j, l, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, label=f"part of the {kind}")
     save(figure, file, title)
+
+
+class Panel(NamedTuple):
+    """Curves of one quantity, a run each."""
+
+    title: str  # the quantity and its unit
+    x_label: str
+    curves: dict  # {name of a run: (x (n,), y (n,) or (n,lines))}
+    y_scale: str = "linear"  # or log
+    x_scale: str = "linear"
+
+
+def draw_curves(file, panels, title=""):
+    """Draw Panels, in all of which a run has the same color and dashes."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    styles = {}
+    for name, color, dashes in zip(names, itertools.cycle(COLORS), itertools.cycle(DASHES)):
+        styles[name] = {"color": color, "linestyle": dashes}
+    across = min(4, len(panels))
+    down = math.ceil(len(panels) / across)
+    size = (1.5 + 4 * across, 0.3 + 3 * down + 0.2 * len(names))
+    figure, axes = pyplot().subplots(down, across, squeeze=False, figsize=size)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, panels):
+        for name, (x, y) in panel.curves.items():
+            width = 1.5 if np.ndim(y) == 1 else 0.6
+            points = "o" if np.size(y) <= 50 else None  # few can be seen, and one is no line
+            axis.plot(x, y, **styles[name], linewidth=width, marker=points, markersize=2 * width)
+        axis.set(xlabel=panel.x_label, xscale=panel.x_scale, yscale=panel.y_scale)
+        axis.set_title(panel.title, loc="left", fontsize=9)
+        axis.grid(color="#e4e4e4", linewidth=0.6)
+        axis.xaxis.set_major_formatter(NUMBER)
+        label_powers(axis.xaxis)
+        label_powers(axis.yaxis)
+    # below the panels, where it hides no curve and has room for names of any length
+    lines = [axes[0, 0].plot([], [], **style)[0] for style in styles.values()]
+    figure.legend(lines, names, loc="outside lower left", frameon=False, handlelength=3.5)
+    save(figure, file, title)
+
+
+def label_powers(axis):
+    """Plain numbers along a logarithmic axis, at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(NUMBER)
 
 
 def pyplot():

@@ -43,6 +43,15 @@ def read_jsonl(path):
     return values
 
 
+def read_metrics(folder):
+    """The records of a run's metrics.jsonl, as they were logged. UserError: it has none."""
+    path = Path(folder) / "metrics.jsonl"
+    check(path.is_file(), f"{path}: no such file; a folder that train.py made has it")
+    # a run that was killed may have left half a line at the end
+    whole, _, _ = read_text(path).rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 # what runs and exports have, in kinds that other results may have, too
 RUN_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "meta.json")
 

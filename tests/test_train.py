@@ -47,6 +47,27 @@ def test_a_run_learns_and_leaves_its_folder(run_train, capsys, n_sense):
     assert re.search(line, capsys.readouterr().out)
 
 
+def test_use_of_senses_is_logged_and_changes_nothing(run_train, data_dir):
+    plain = run_train("--dropout=0.1", out="plain")
+    out = run_train("--dropout=0.1", "--log_senses", out="senses")
+    assert records(out, "loss") == records(plain, "loss")
+    assert records(out, "val_loss") == records(plain, "val_loss")
+    # 8 of the 16 windows of 8 tokens that the evaluation takes, evenly spread over val.bin
+    tokens = tokens_of(data_dir, "val")
+    starts = torch.arange(0, len(tokens) - 1, 8)
+    starts = starts[np.linspace(0, len(starts) - 1, 16).astype(int)][::2]
+    x = tokens[starts[:, None] + torch.arange(8)]
+    model = Backpack.from_checkpoint(out / "ckpt.pt").eval().requires_grad_(False)
+    alpha = model.contextualization(x)  # (B,K,T,T)
+    C = model.senses(x)  # (B,T,K,D)
+    for k in range(4):
+        entropy = -torch.nan_to_num(alpha[:, k] * alpha[:, k].log()).sum(-1).mean().item()
+        assert records(out, "positions_in_sight")[12][k] == pytest.approx(math.exp(entropy), rel=1e-5)
+    lengths = torch.stack([(alpha[:, k] @ C[:, :, k]).norm(dim=-1) for k in range(4)])  # (K,B,T)
+    expected = (lengths / lengths.sum(0)).mean((1, 2)).tolist()
+    assert records(out, "sense_share")[12] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_best_checkpoint_is_kept(run_train):
     """With a learning rate so high that the last is not the best."""
     out = run_train("--save_best", "--eval_interval=2", "--learning_rate=0.2", "--warmup_iters=0")

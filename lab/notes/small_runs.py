@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import train
 from configurator import check, configure, run
 from lab.change import validation_tokens
-from lab.files import expect_place, replacing
+from lab.draw import Panel, draw_curves, expect_picture
 from lab.run import open_run
 from lab.words import token_text
 from model import Backpack
@@ -33,16 +33,14 @@ RUNS = {
 # what the config said on the day of these runs
 RECIPE = ["--muon_lr=0", "--tokens_per_step=768", "--batch_size=12", "--schedule=cosine"]
 RECIPE += ["--min_lr=3e-4", "--sense_mlp_ratio=4", "--sense_out_ratio=4"]
-COLORS = ("#888888", "#c44e52", "#1f6fb4")
-PANELS = [  # a quantity of figures(), the title, the scale; None: the last losses by position
-    ("mean loss", "validation loss, nats", "linear"),
-    (None, "loss by position, at the end", "linear"),
-    ("probe", "loss of a linear probe of h, nats", "linear"),
-    ("rank", "effective rank of h", "log"),
-    ("sight", "positions in sight of a sense, exp(entropy of α)", "log"),
-    ("norm", "norm of a sense", "log"),
-    ("use", "share of a sense in the sum", "log"),
-]
+PANELS = {  # of a quantity of figures(): the title, the scale
+    "mean loss": ("validation loss, nats per token", "linear"),
+    "probe": ("loss of a linear probe of h, nats per token", "linear"),
+    "rank": ("effective rank of h", "log"),
+    "sight": ("positions in sight of a sense, exp(entropy of α)", "log"),
+    "norm": ("norm of a sense", "log"),
+    "use": ("share of a sense in the sum", "log"),
+}
 
 
 @dataclass
@@ -113,13 +111,10 @@ def inside(model, batch):
     logits, _ = model(x)  # (B,T,V)
     values = {"loss": cross_entropy(logits, batch[:, 1:]).mean(0)}
     if model.config.n_sense:
-        alpha = model.contextualization(x)  # (B,K,T,T)
-        C = model.senses(x)  # (B,T,K,D)
-        entropy = (-alpha * alpha.clamp(min=1e-30).log()).sum(-1)  # (B,K,T)
-        values["sight"] = entropy.mean((0, 2)).exp()
-        values["norm"] = C.norm(dim=-1).mean((0, 1))
-        part = torch.einsum("bkij,bjkd->bikd", alpha, C).norm(dim=-1)  # (B,T,K)
-        values["use"] = (part / part.sum(-1, keepdim=True)).mean((0, 1))
+        use = train.sense_use(model, x)
+        values["sight"] = torch.tensor(use["positions_in_sight"])
+        values["use"] = torch.tensor(use["sense_share"])
+        values["norm"] = model.senses(x).norm(dim=-1).mean((0, 1))  # of (B,T,K)
     return values
 
 
@@ -200,39 +195,21 @@ def readability(run, data_dir, n=500, top=10):
 
 
 def draw(runs, path):
-    """Draw {name of a run: figures(...)} into an .svg file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rc("svg", fonttype="none", hashsalt="small_runs")
-    pyplot.rc("font", size=9)
-    pyplot.rc("axes.spines", top=False, right=False)
-    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6.6), layout="constrained")
-    for (key, title, scale), axis in zip(PANELS, axes.flat):
-        for (name, series), color in zip(runs.items(), COLORS):
-            if key is None:
-                _, losses = series["loss"][-1]
-                axis.plot(np.arange(len(losses)) + 1, losses, color=color, label=name)
-                axis.set(xscale="log", xlabel="position")
-            elif key in series:
-                plot_series(axis, series[key], color, name)
-                axis.set(xlabel="step")
-        axis.set(title=title, yscale=scale)
-    axes[1, 3].axis("off")
-    axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
-    with replacing(path) as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
-
-
-def plot_series(axis, series, color, name):
-    """Plot [(step, value)], with a line for each sense if a value has one number for each."""
-    steps, values = zip(*series)
-    values = np.stack(values).reshape(len(steps), -1)
-    width = 1.5 if values.shape[1] == 1 else 0.7
-    axis.plot(steps, values, color=color, lw=width, alpha=0.9)
-    axis.plot([], [], color=color, label=name)  # one entry of the legend
+    """Draw {name of a run: figures(...)}."""
+    panels = []
+    for key, (title, scale) in PANELS.items():
+        curves = {}
+        for name, series in runs.items():
+            if key in series:
+                steps, values = zip(*series[key])
+                curves[name] = (steps, np.stack(values))
+        panels.append(Panel(title, "step", curves, scale))
+    curves = {}
+    for name, series in runs.items():
+        _, losses = series["loss"][-1]  # (T,)
+        curves[name] = (np.arange(len(losses)) + 1, losses)
+    panels.append(Panel("loss at the end, nats per token", "position", curves, x_scale="log"))
+    draw_curves(path, panels)
 
 
 def main(argv):
@@ -244,7 +221,7 @@ def main(argv):
             what = f"{apart:.3f} of senses share no top token, mean cosine {cosine:.3f}"
             print(f"{folder}: {what}", *words, sep="\n  ")
         return
-    expect_place(s.svg, [".svg"])
+    expect_picture(s.svg)
     models = train_all(Path(s.out_dir), s.steps, s.data_dir)
     train_data, val_data, _ = train.load_data(Path(s.data_dir) / "shakespeare_char")
     runs = {name: figures(steps, train_data, val_data) for name, steps in models.items()}
