@@ -35,7 +35,7 @@ PRONOUNS = ("He", "She", "It", "They")
 LEADS = ("In short, ", "In art and science, ", "In this country, ", "On the map, ")
 NEW_LEADS = ("Today, ", "They say that ", "In music, ", "In the north, ")
 N_NEAR = 16  # near misses of each kind that training sees, and as many that it doesn't
-NEAR_WEIGHT = 2.0  # of the KL of a near miss in the loss, beside the loss of a good ending
+NEAR_WEIGHT = 3.0  # of the KL of a near miss in the loss, beside the loss of a good ending
 N_KNOWN = 1024  # positions of other text that training sees
 MOST = 0.05  # how much likelier a good ending may become in a near miss
 
