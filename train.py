@@ -106,9 +106,9 @@ def load_data(folder):
     vocab_size = meta["vocab_size"]
     check(largest < vocab_size, f"{folder} has a token {largest}, but a vocabulary of {vocab_size} tokens")
     # characters would have small ids; a dataset may have lost its description on the way
-    has_meta = (folder / "meta.json").exists() or (folder / "meta.pkl").exists()
+    described = any((folder / name).exists() for name in ("meta.json", "meta.pkl"))
     hint = "are these GPT-2's tokens? Copy the dataset's meta.json or meta.pkl, too"
-    check(has_meta or largest > vocab_size // 2, f"{folder} has no token above {largest}: {hint}")
+    check(described or largest > vocab_size // 2, f"{folder} has no token above {largest}: {hint}")
     return train, val, meta
 
 

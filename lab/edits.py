@@ -8,7 +8,7 @@ come from anywhere, so check_edit looks at each before anything uses it.
 import math
 import re
 import reprlib
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from tqdm import tqdm
@@ -276,17 +276,14 @@ def apply(edit, changed, tokenizer):
         to_token = word_id(tokenizer, edit["to"])
         E_from = changed.E[from_token]  # (D,)
         E_to = changed.E[to_token]  # (D,)
+        rule = swapped
         if edit["edit"] == "swap":
             check(from_token != to_token, "FROM and TO are the same token")
             speaks = any((changed.now(token) @ E_from > 0).any() for token in tokens)
             check(speaks, "no sense of WORD says FROM, so there is nothing to swap")
+            rule = partial(exchanged, margin=edit["margin"], inverse=changed.inverse)
         for token in tokens:
-            C = changed.now(token)  # (K,D)
-            if edit["edit"] == "swap":
-                C = exchanged(C, E_from, E_to, edit["margin"], changed.inverse)
-            else:
-                C = swapped(C, E_from, E_to)
-            changed.replace(token, slice(None), C)
+            changed.replace(token, slice(None), rule(changed.now(token), E_from, E_to))
     else:
         if "vector" in edit:
             check(len(edit["vector"]) == D, f"found {len(edit['vector'])} numbers, expected {D}")

@@ -17,8 +17,8 @@ from lab.control import STRENGTHS, EditedBackpack
 from lab.edits import make_edits
 from lab.files import read_json
 from lab.senses import directions
-from lab.unchosen import Judge, Text, draw_swaps, is_word, name
-from lab.words import word_ids
+from lab.unchosen import N_WINDOW, Judge, Text, draw_swaps, line, name, show_kl, some
+from lab.words import word_ids, word_tokens
 
 N_TEXT = 8  # texts that topics are measured on
 N_TOKEN = 64  # the length of each
@@ -77,8 +77,8 @@ def rates(r, s):
     rng = np.random.default_rng(s.seed)
     places = draw_swaps(r, text, s.n_swap, rng)
     check(places, "--rates found no word with a probability of 0.3 or more in the validation text")
-    words = [i for i in range(r.base.config.vocab_size) if is_word(r.tokenizer, i)]
-    random_windows = rng.permutation(len(text.x))[:100].tolist()
+    words = word_tokens(r.tokenizer, r.base.config.vocab_size)
+    random_windows = some(range(len(text.x)), N_WINDOW, rng)
     scaled = []
     replaced = []
     for place in tqdm(places, "places", leave=False):
@@ -98,10 +98,6 @@ def rates(r, s):
 
 def show_cases(title, cases, less=False):
     """Print the rates of some Cases, one a line; less: whether the token shall become less likely."""
-
-    def line(name, figure, more=""):
-        print(f"{name:38} {figure:>8}  {more}".rstrip())
-
     factors = np.array([case.factor for case in cases])
     ranks = np.array([case.rank for case in cases])
     print(f"\n{title}")
@@ -118,11 +114,7 @@ def show_cases(title, cases, less=False):
     line("its probability, times", f"{middle:.3g}", f"median; 10% and 90%: {low:.2g}, {high:.3g}")
     line("its logit is as the formula says", f"{max(case.error for case in cases):.5f}", "largest error")
     line("text without the word is unchanged", f"{np.mean([case.stays for case in cases]):.1%}")
-    for title, values in [
-        ("KL at or after the word, nats", [case.kl for case in cases]),
-        ("KL in random windows", [case.kl_random for case in cases]),
-    ]:
-        line(title, f"{np.median(values):.5f}", f"median; mean {np.mean(values):.5f}")
+    show_kl(cases)
 
 
 # -----------------------------------------------------------------------------

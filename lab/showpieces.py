@@ -11,8 +11,7 @@ from lab.change import next_p, validation_tokens
 from lab.control import MARGIN, EditedBackpack
 from lab.edits import describe, make_edits, printable
 from lab.senses import attribution, directions
-from lab.unchosen import is_word
-from lab.words import token_string, word_id
+from lab.words import token_string, word_id, word_tokens
 
 
 class Turn(NamedTuple):
@@ -27,8 +26,8 @@ class Turn(NamedTuple):
 def word_mask(tokenizer, V):
     """(V,): True for tokens that are words of letters, without the most frequent ones."""
     mask = torch.zeros(V, dtype=torch.bool)
-    for i in range(500, V):  # the, of, was, ...: a BPE learns frequent tokens first
-        mask[i] = is_word(tokenizer, i)
+    mask[word_tokens(tokenizer, V)] = True
+    mask[:500] = False  # the, of, was, ...: a BPE learns frequent tokens first
     return mask
 
 

@@ -26,8 +26,7 @@ from lab.change import change, divergence, log_p
 from lab.control import EditedBackpack, Edits
 from lab.edits import is_text, printable
 from lab.files import read_jsonl
-from lab.unchosen import is_word
-from lab.words import token_string, token_text
+from lab.words import token_string, token_text, word_tokens
 
 PRONOUNS = ("He", "She", "It", "They")
 # what a prompt follows within a sentence, in training and for the report; some are of other fields, as their
@@ -128,9 +127,8 @@ class Vocabulary:
         words = [word for word, _ in self.counts.most_common() if len(word) > 1]
         self.names = [word for word in words if len(word) > 2 and is_name(word, self.counts)]
         if tokenizer.end is not None:
-            for i in range(tokenizer.vocab_size):
-                if is_word(tokenizer, i):
-                    words.append(token_string(tokenizer, i)[1:])
+            tokens = word_tokens(tokenizer, tokenizer.vocab_size)
+            words += [token_string(tokenizer, token)[1:] for token in tokens]
         # of each token the words that have it: as they begin a text, and with a space before them
         self.having = {"": defaultdict(list), " ": defaultdict(list)}
         for word in dict.fromkeys(words):  # each once, in this order
@@ -482,7 +480,7 @@ class Lesson:
                     kl = share * known.kl(delta).item()
                 progress.set_postfix_str(f"least p(good) {least:.3f}, KL elsewhere {kl:.5f}")
                 if not kl <= s.max_kl:  # also if it is nan
-                    go_back([delta], [safe], lambda: share * known.kl(delta).item(), s.max_kl)
+                    go_back(delta, safe, lambda: share * known.kl(delta).item(), s.max_kl)
                     break
                 safe = delta.detach().clone()
             if is_last:
@@ -554,16 +552,14 @@ class Lesson:
 
 
 @torch.no_grad()
-def go_back(params, safe, kl, max_kl):
-    """Shorten the way that params went from safe, until kl() is at most max_kl."""
-    last = [p.clone() for p in params]
+def go_back(delta, safe, kl, max_kl):
+    """Shorten the way that delta went from safe, until kl() is at most max_kl."""
+    last = delta.clone()
     for share in (7 / 8, 3 / 4, 1 / 2, 1 / 4):
-        for p, here, there in zip(params, safe, last):
-            p.copy_(torch.lerp(here, there, share))
+        delta.copy_(torch.lerp(safe, last, share))
         if kl() <= max_kl:
             return
-    for p, here in zip(params, safe):
-        p.copy_(here)
+    delta.copy_(safe)
 
 
 def teach(r, examples, text, s, taken=()):

@@ -16,7 +16,7 @@ from lab.change import divergence, next_p, validation_tokens
 from lab.control import EditedBackpack
 from lab.edits import describe, make_edits
 from lab.senses import directions
-from lab.words import token_string, token_text, word_forms, word_ids
+from lab.words import is_word, token_string, token_text, word_forms, word_ids, word_tokens
 from model import contextualize
 from train import get_batch
 
@@ -114,11 +114,6 @@ class Text:
         return torch.stack([windows[rows], positions], 1).tolist()
 
 
-def is_word(tokenizer, token):
-    text = token_string(tokenizer, token)
-    return text[:1] == " " and text[1:].isalpha()
-
-
 def name(tokenizer, token):
     """A token as edits name it; None: they can't, as of a half of a character."""
     text = token_string(tokenizer, token)
@@ -132,8 +127,7 @@ def name(tokenizer, token):
 
 def draw_swaps(r, text, n, rng):
     """n Swaps at places drawn without replacement; fewer if there are no more."""
-    V = r.base.config.vocab_size
-    words = [i for i in range(V) if is_word(r.tokenizer, i)]
+    words = word_tokens(r.tokenizer, r.base.config.vocab_size)
     words = torch.tensor(words, device=r.device)
     E = directions(r.base)  # (V,D)
     fine = (text.p >= 0.3) & torch.isin(text.likeliest, words)  # (N,T)
@@ -295,11 +289,22 @@ def measure(r, s, text):
         show_failures(r, swaps, rows)
 
 
+def line(name, figure, more=""):
+    """Print a figure and its name."""
+    print(f"{name:38} {figure:>8}  {more}".rstrip())
+
+
+def show_kl(rows):
+    """Print the KL of edits, from rows that have kl and kl_random."""
+    for name, values in [
+        ("KL at or after the word, nats", [row.kl for row in rows]),
+        ("KL in random windows", [row.kl_random for row in rows]),
+    ]:
+        line(name, f"{np.median(values):.5f}", f"median; mean {np.mean(values):.5f}")
+
+
 def show(title, rows):
     """The figures of an edit, one a line."""
-
-    def line(name, figure, more=""):
-        print(f"{name:38} {figure:>8}  {more}".rstrip())
 
     def of(values):
         return f"{np.mean(values):.1%}"
@@ -313,11 +318,7 @@ def show(title, rows):
         more = f"mean over {len(elsewhere)} words, {n_contexts} contexts"
         line("TO is the likeliest in other contexts", of(elsewhere), more)
     line("text without the word is unchanged", of([row.stays for row in rows]))
-    for name, values in [
-        ("KL at or after the word, nats", [row.kl for row in rows]),
-        ("KL in random windows", [row.kl_random for row in rows]),
-    ]:
-        line(name, f"{np.median(values):.5f}", f"median; mean {np.mean(values):.5f}")
+    show_kl(rows)
     before = np.exp(np.mean([row.loss_before for row in rows]))
     after = np.exp(np.mean([row.loss_after for row in rows]))
     line("perplexity at or after the word", f"{after:.2f}", f"before: {before:.2f}")

@@ -69,6 +69,17 @@ def token_string(tokenizer, id):
     return tokenizer.decode([tokenizer.end, id]).removeprefix(before)
 
 
+def is_word(tokenizer, id):
+    """Whether a token is a space and letters."""
+    text = token_string(tokenizer, id)
+    return text[:1] == " " and text[1:].isalpha()
+
+
+def word_tokens(tokenizer, vocab_size):
+    """The ids of all tokens of a vocabulary that are words: see is_word."""
+    return [id for id in range(vocab_size) if is_word(tokenizer, id)]
+
+
 def token_text(tokenizer, id):
     """A token as text to print: on one line, with dots for spaces."""
     return repr(token_string(tokenizer, id))[1:-1].replace(" ", "\u00b7")

@@ -292,10 +292,10 @@ def test_teaching_changes_other_text_by_no_more_than_it_may(run_train, data_dir,
 def test_going_back(limit, want):
     """From 1 toward 0, as far as a KL that is the parameter itself allows; what is nan goes, too."""
     p = torch.ones(1)
-    lab.teach.go_back([p], [torch.zeros(1)], p.item, limit)
+    lab.teach.go_back(p, torch.zeros(1), p.item, limit)
     assert p.item() == want
     p.fill_(torch.nan)
-    lab.teach.go_back([p], [torch.zeros(1)], p.item, limit)
+    lab.teach.go_back(p, torch.zeros(1), p.item, limit)
     assert p.item() == 0
 
 
