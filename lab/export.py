@@ -1,16 +1,19 @@
 """A checkpoint as a folder for transformers, or in a published layout: what lab.convert --to= writes."""
 
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, check
-from lab.control import same_sum
+from lab.control import EditedBackpack
 from lab.edits import describe, make_edits, read_edits
 from lab.files import read_text, write_text
 from lab.layouts import published_config, to_layout
+from lab.reference import is_network_of
 from lab.tokenizer_json import for_transformers
 from model import Backpack
 from tokenizer import END, load_tokenizer, require
@@ -47,15 +50,16 @@ def export(s, folder, ckpt, edits, metrics, dtype):
     tokenizer = load_tokenizer(ckpt["meta"]["tokenizer"])
     check(tokenizer or not edits, f"{s.source} has no tokenizer, which edits need")
     if s.to == "hf":
-        fork = "this model.py sums senses otherwise than EditedBackpack.output in lab/control.py"
-        check(same_sum(model), f"{fork}: an export needs the same there")
         saved = model.state_dict()
         for name, _ in model.named_buffers():  # transformers would load it as whatever lies in memory
             check(name in saved, f"the buffer {name} is not saved: register it with persistent=True")
-        tensors, described = for_hf(ckpt, make_edits(model, tokenizer, edits), edits, dtype)
+        made = make_edits(model, tokenizer, edits)
+        tensors, described = for_hf(ckpt, made, edits, dtype)
         if tokenizer:
             described |= special_ids(tokenizer)
     else:
+        fork = "this model.py computes another network than the one that has this layout"
+        check(is_network_of(model), f"{fork}: export it with --to=hf, which takes model.py along")
         rows = ckpt["source"].get("rows") or model.config.vocab_size
         tensors = to_layout(ckpt["model"], model.config, s.to, rows)
         described = published_config(model.config, s.to, rows)
@@ -70,6 +74,7 @@ def export(s, folder, ckpt, edits, metrics, dtype):
         write_text(folder / "generation_config.json", json.dumps(generation, indent=1))
         write_text(folder / "README.md", card(s, ckpt, model, tokenizer, edits, metrics))
         write_code(folder)
+        compare_logits(folder, EditedBackpack(model, made), dtype)
     for edit in edits:
         print(f"with the edit {describe(edit)}")
 
@@ -92,6 +97,32 @@ def write_code(folder):
         # there they are one package
         text = read_text(path).replace("\nfrom model import", "\nfrom .model import")
         write_text(folder / path.name, text)
+
+
+@torch.no_grad()
+def compare_logits(folder, model, dtype):
+    """Load an export as transformers does. UserError: it says something else than the model.
+
+    The network is written once more in modeling_backpack.py, which a fork of model.py may not know of.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: the export's logits were not compared with the model's")
+        return
+    sys.modules["lab.model"] = sys.modules["model"]  # in the export model.py lies beside it
+    from transformers.utils import logging
+
+    from lab.modeling_backpack import BackpackForCausalLM
+
+    logging.disable_progress_bar()
+    exported = BackpackForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(model.config.vocab_size)
+    idx = ids.flip(0)[None, : min(32, model.config.block_size)]  # (1,T)
+    own, _ = model(idx)  # (1,T,V)
+    found = exported(idx).logits
+    tolerance = 0.001 if dtype in ("keep", "float32") else 0.02  # bfloat16 has 3 digits
+    same = (own - found).abs().max() <= tolerance * own.abs().max()
+    fork = "this model.py computes another network than lab/modeling_backpack.py"
+    check(same, f"the export's logits are not the model's: {fork}, so change that, too")
 
 
 def for_hf(ckpt, made, edits, dtype):

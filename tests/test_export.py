@@ -472,5 +472,6 @@ def test_the_model_card_of_a_trained_run(run_train, tmp_path, monkeypatch):
 def test_a_fork_with_another_sum_is_not_exported_in_silence(run, tmp_path, monkeypatch):
     before = model_py.sum_block
     monkeypatch.setattr(model_py, "sum_block", lambda *args: 2 * before(*args))
-    with pytest.raises(UserError, match="this model.py sums senses otherwise"):
+    with pytest.raises(UserError, match="the export's logits are not the model's"):
         convert.main([f"--source={run}", "--to=hf", f"--dest={tmp_path / 'hf'}"])
+    assert list(tmp_path.iterdir()) == []

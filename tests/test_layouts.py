@@ -4,13 +4,13 @@ import json
 from dataclasses import asdict
 
 import pytest
-import reference
 import torch
 
+import model as model_py
 from configurator import UserError
-from lab import convert
+from lab import convert, reference
 from lab.layouts import module_names, to_layout, to_ours
-from model import Backpack, BackpackConfig
+from model import Backpack, BackpackConfig, Block
 from train import save_checkpoint
 
 D, LAYERS, HEADS, K, T, V = 24, 2, 3, 4, 16, 40
@@ -34,7 +34,7 @@ def random_hf():
     return found
 
 
-# from Hugging Face's names to those of tests/reference.py, one after the other
+# from Hugging Face's names to those of lab/reference.py, one after the other
 RENAMED = [
     ("backpack.sense_weight_net.c_attn", "sense_qk"),  # a Linear, all others with "c_" are Conv1D
     ("backpack.gpt2_model.h.", "blocks."),
@@ -58,7 +58,7 @@ def published_logits(w, ids):
             if is_conv1d and name.endswith(".weight"):
                 tensor = tensor.T  # (in,out) -> (out,in)
         renamed[name] = tensor
-    return reference.logits(ids, renamed, LAYERS, HEADS, K, V)
+    return reference.logits(ids, renamed, BackpackConfig(**SIZES))
 
 
 def source(folder, tensors, config=CONFIG):
@@ -180,6 +180,28 @@ def test_transformers_own_gpt2_reads_what_we_write(tmp_path):
     gpt2 = transformers.GPT2LMHeadModel
     theirs = gpt2.from_pretrained(tmp_path / "gpt2", attn_implementation="eager").eval()
     assert torch.allclose(theirs(x).logits, model(x)[0], atol=1e-5)
+
+
+contextualize = model_py.contextualize
+FORKS = {
+    "a changed block": (Block, "forward", lambda block, x, *_: x + block.mlp(block.ln_2(x))),
+    "a gate on alpha": (model_py, "contextualize", lambda *args: 0.5 * contextualize(*args)),
+    "bigram senses": (Backpack, "senses", lambda model, ids: model.sense_network(model.wte(ids.roll(1)))),
+}
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_fork_is_not_taken_for_the_published_network(fork, tmp_path, monkeypatch, capsys):
+    weights = source(tmp_path / "in", random_hf())
+    imported(tmp_path, weights)
+    assert "another network" not in capsys.readouterr().out
+    monkeypatch.setattr(*FORKS[fork])
+    convert.main([f"--source={weights}", f"--dest={tmp_path / 'fork'}"])
+    assert "this model.py computes another network than the one that these" in capsys.readouterr().out
+    args = [f"--source={tmp_path / 'fork'}", "--to=levanter", f"--dest={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="this model.py computes another network"):
+        convert.main(args)
+    assert not (tmp_path / "out").exists()
 
 
 def test_fused_norms_belong_to_the_sublayer_before():

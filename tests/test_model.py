@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from conftest import ROOT
-from reference import logits as reference_logits
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from configurator import read_config
+from lab import reference
 from model import Backpack, BackpackConfig, Cache, Projection, load_checkpoint, sample_token
 
 SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 24}
@@ -71,15 +71,14 @@ def test_parameter_counts_of_the_ablation():
         {"n_qk": 5},
         {"bias": False},
         {"sense_mlp_ratio": 1},
+        {"exact_gelu": True, "inverse_layer_scale": False},
         {"n_sense": 1, "n_head": 4},
     ],
 )
 def test_forward_is_the_equation(changes):
     model = build(**changes).double()
     idx = ids(2, 11)
-    c = model.config
-    sizes = c.n_layer, c.n_head, c.n_sense, c.vocab_size
-    want = [reference_logits(row.tolist(), model.state_dict(), *sizes) for row in idx]
+    want = [reference.logits(row.tolist(), model.state_dict(), model.config) for row in idx]
     want = torch.stack(want)  # (B,T,V)
     got, loss = model(idx)
     assert loss is None

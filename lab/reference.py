@@ -1,6 +1,8 @@
-"""The Backpack, written from the paper's equations with loops over positions, senses and heads.
+"""
+The Backpack, written from the paper's equations with loops over positions, senses and heads.
 
-Takes a dictionary of tensors (a state_dict) and plain numbers; shares no code with model.py.
+It takes a dictionary of tensors (a state_dict) and a config, and shares no code with model.py. The tests
+compare model.py with it, and so does lab.convert: published layouts are of this network, not of a fork's.
 """
 
 import math
@@ -18,12 +20,14 @@ def linear(x, w, name):
     return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0)
 
 
-def gelu(x):
+def gelu(x, exact):
+    if exact:
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def mlp(x, w, name):
-    return linear(gelu(linear(x, w, f"{name}.fc")), w, f"{name}.proj")
+def mlp(x, w, name, c):
+    return linear(gelu(linear(x, w, f"{name}.fc"), c.exact_gelu), w, f"{name}.proj")
 
 
 def softmax(scores):
@@ -31,46 +35,47 @@ def softmax(scores):
     return [x / sum(e) for x in e]
 
 
-def hidden(ids, w, n_layer, n_head, inverse_layer_scale=True):
-    """h_1..h_T of the Transformer, for a list of ids."""
+def hidden(ids, w, c):
+    """h_1..h_T of the Transformer, for a list of ids; c: a BackpackConfig."""
     xs = [w["wte.weight"][x] + w["wpe.weight"][t] for t, x in enumerate(ids)]
     D = len(xs[0])
-    width = D // n_head
-    for i in range(n_layer):
+    width = D // c.n_head
+    for i in range(c.n_layer):
         block = f"blocks.{i}"
         qkv = [linear(layer_norm(x, w, f"{block}.ln_1"), w, f"{block}.attn.qkv") for x in xs]
         new = []
         for t, x in enumerate(xs):
             heads = []
-            for h in range(n_head):
+            for h in range(c.n_head):
                 part = slice(h * width, (h + 1) * width)
                 q = qkv[t][:D][part]
                 scores = [
                     float(q @ qkv[j][D : 2 * D][part])
                     / math.sqrt(width)
-                    / (i + 1 if inverse_layer_scale else 1)
+                    / (i + 1 if c.inverse_layer_scale else 1)
                     for j in range(t + 1)
                 ]
                 heads.append(sum(a * qkv[j][2 * D :][part] for j, a in enumerate(softmax(scores))))
             x = x + linear(torch.cat(heads), w, f"{block}.attn.proj")
-            new.append(x + mlp(layer_norm(x, w, f"{block}.ln_2"), w, f"{block}.mlp"))
+            new.append(x + mlp(layer_norm(x, w, f"{block}.ln_2"), w, f"{block}.mlp", c))
         xs = new
     return [layer_norm(x, w, "ln_f") for x in xs]
 
 
-def senses(x, w, n_sense):
+def senses(x, w, c):
     """C(x)_1..K of one id."""
     e = w["wte.weight"][x]
     r = layer_norm(e, w, "sense_network.ln_0") + e
-    r = r + mlp(layer_norm(r, w, "sense_network.ln_1"), w, "sense_network.mlp")
-    return mlp(layer_norm(r, w, "sense_network.ln_2"), w, "sense_network.mlp_out").split(len(e))[:n_sense]
+    r = r + mlp(layer_norm(r, w, "sense_network.ln_1"), w, "sense_network.mlp", c)
+    return mlp(layer_norm(r, w, "sense_network.ln_2"), w, "sense_network.mlp_out", c).split(len(e))
 
 
-def logits(ids, w, n_layer, n_head, n_sense, vocab_size):
+def logits(ids, w, c):
     """(T, vocab_size): logits_i = E sum_j sum_l alpha[l,i,j] C(x_j)_l, for a list of ids."""
-    h = hidden(ids, w, n_layer, n_head)
+    h = hidden(ids, w, c)
+    n_sense = c.n_sense
     if n_sense:
-        C = [senses(x, w, n_sense) for x in ids]
+        C = [senses(x, w, c) for x in ids]
         both = [linear(x, w, "sense_qk") for x in h]
         width = len(both[0]) // 2 // n_sense
         outputs = []
@@ -86,4 +91,14 @@ def logits(ids, w, n_layer, n_head, n_sense, vocab_size):
                     o = o + alpha[j] * C[j][sense]
             outputs.append(o)
         h = outputs
-    return torch.stack([w["wte.weight"][:vocab_size] @ o for o in h])
+    return torch.stack([w["wte.weight"][: c.vocab_size] @ o for o in h])
+
+
+@torch.no_grad()
+def is_network_of(model):
+    """Whether a Backpack says what these equations say, on eight tokens. A fork's need not."""
+    V = model.config.vocab_size
+    ids = torch.linspace(0, V - 1, min(8, model.config.block_size)).long()  # (T,)
+    own, _ = model(ids[None])
+    found = logits(ids.tolist(), model.state_dict(), model.config)  # (T,V)
+    return bool((own[0] - found).abs().max() <= 1e-3 * found.abs().max())
