@@ -1,5 +1,6 @@
-"""Pictures of the lab: bars, a heat map of the parts of a logit, curves of runs (needs matplotlib)."""
+"""Pictures of the lab: bars, the parts of a logit as they add up, curves of runs (needs matplotlib)."""
 
+import colorsys
 import itertools
 import math
 from pathlib import Path
@@ -19,6 +20,9 @@ STYLE = {  # of matplotlib
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+
+INK = "#1c2430"
+LINE = "#9aa3af"
 
 # of the curves of a run; in grey, their dashes tell them apart
 COLORS = ("black", "#d55e00", "#0072b2", "#e69f00", "#009e73")
@@ -53,28 +57,79 @@ def draw_bars(file, title, panels):
     save(figure, file, title)
 
 
-def draw_parts(file, title, parts, tokens, kind):
-    """Draw the parts (T,K) of a logit, or whatever kind it is, as a heat map: senses over the tokens read."""
-    values = parts.T.cpu().numpy()  # (K,T)
-    K, T = values.shape
-    size = (max(6, 0.5 * T + 2), 1.8 + 0.26 * K)
-    figure, axes = pyplot().subplots(figsize=size)
-    most = max(abs(values).max(), 1e-9)
-    image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-    axes.set_xticks(range(T), tokens, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(K))
-    axes.set_ylabel("sense")
-    # white lines between the cells
-    axes.set_xticks(np.arange(T - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(K - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0)
-    for (l, j), value in np.ndenumerate(values):
-        if abs(value) >= 0.05:  # else it would be +0.0
-            color = "white" if abs(value) > 0.6 * most else "black"
-            axes.text(j, l, f"{value:+.1f}", ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, label=f"part of the {kind}")
+def sense_color(l):
+    """The color of sense l, as --html has it: hues that lie far apart for senses that are neighbours."""
+    hue = (210 + 137.5 * l) % 360
+    return colorsys.hls_to_rgb(hue / 360, 0.74, 0.6)
+
+
+def draw_stack(file, title, parts, tokens, names, what, most=12):
+    """Draw how the parts (T,K) of a logit, or of what it is, add up to it.
+
+    Each token has a row, which begins where the one above it ended: first the parts for it, the largest
+    first, and below them, back to the left, those against it. names: {(j, l): the words that a sense says},
+    for parts that get a label. Only `most` tokens, those with the largest parts, have a row of their own.
+    """
+    values = parts.cpu().numpy()  # (T,K)
+    order = np.abs(values).sum(1).argsort()[::-1]
+    own = sorted(order[:most].tolist())
+    others = order[most:]
+    rows = [(tokens[j], values[j], {l: words for (i, l), words in names.items() if i == j}) for j in own]
+    if len(others):
+        rows.insert(0, (f"{len(others)} other tokens", values[others].sum(0), {}))
+
+    figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.36 * len(rows)))
+    labels = []
+    end = 0.0
+    for y, (_, of_token, called) in enumerate(rows):
+        axes.plot([end, end], [y - 0.7, y + 0.3], color=LINE, linewidth=0.8, zorder=0)
+        end = draw_row(axes, y, end, of_token, called, labels)
+    bottom = len(rows)
+    axes.plot([end, end], [bottom - 0.7, bottom + 0.3], color=LINE, linewidth=0.8, zorder=0)
+    axes.barh(bottom, end, 0.6, color=INK)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(bottom + 1), [token for token, _, _ in rows] + [what])
+    axes.get_yticklabels()[-1].set_fontweight("bold")
+    axes.tick_params(length=0)
+    axes.set_ylim(bottom + 0.6, -0.7)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    sums = [of_token.sum() for _, of_token, _ in rows] + [end]
+    for y, value in enumerate(sums):
+        weight = "bold" if y == bottom else "normal"
+        place = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "right", "weight": weight}
+        axes.text(1.09, y, f"{value:+.2f}".replace("-", "\u2212"), **place)
+    about = "a color is a sense: its number, and what it says most; below it, what speaks against"
+    axes.set_xlabel(about, color="#5d6775", fontsize=8)
+    figure.canvas.draw()  # now sizes are known
+    for text, bar in labels:
+        shorten(text, bar)
     save(figure, file, title)
+
+
+def draw_row(axes, y, start, values, called, labels):
+    """Draw the parts (K,) of a token from start on, and return where they end. Labels: [(text, bar)]."""
+    left = start
+    for l in values.argsort()[::-1].tolist():
+        value = values[l]
+        place, height = (y, 0.6) if value > 0 else (y + 0.41, 0.18)
+        (bar,) = axes.barh(place, value, height, left, color=sense_color(l), edgecolor="white", linewidth=0.5)
+        if l in called and value > 0:
+            name = f"{l}: {called[l]}"
+            text = axes.text(left + value / 2, y, name, ha="center", va="center", fontsize=7.5, color=INK)
+            labels.append((text, bar))
+        left += value
+    return left
+
+
+def shorten(text, bar):
+    """Take words off the end of a label until it fits into its bar; if none does, it goes."""
+    room = 0.96 * bar.get_window_extent().width
+    words = text.get_text().split(" ")
+    while words and text.get_window_extent().width > room:
+        words.pop()
+        text.set_text(" ".join(words).rstrip(":"))
+    if not words:
+        text.remove()
 
 
 class Panel(NamedTuple):

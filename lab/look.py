@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from configurator import check, configure, run
-from lab.draw import draw_bars, draw_parts, expect_picture
+from lab.draw import draw_bars, draw_stack, expect_picture
 from lab.edits import summary
 from lab.files import expect_place
 from lab.page import write_page
@@ -31,6 +31,7 @@ from lab.senses import (
     all_senses,
     attribution,
     coherence,
+    loudest,
     readable_tokens,
     says,
     similarity,
@@ -211,10 +212,11 @@ def likeliest_form(r, p, word):
     return max(word_forms(r.tokenizer, word), key=lambda token: p[token].item())
 
 
-def show_text(r, text, target, against, n):
+def show_text(r, text, target, against, n, shown):
     """What comes next, the largest parts of a logit or of a difference, and all weights and parts.
 
-    Returns what draw_parts needs: a title, the parts (T,K), and the tokens.
+    Returns what draw_stack needs: a title, the parts (T,K), the tokens, what their parts are called, and
+    what they add up to.
     """
     idx = text_ids(r, text, r.model.config.block_size)  # (T,)
     logits = r.model(idx[None])[0][0, -1]  # (V,)
@@ -242,7 +244,10 @@ def show_text(r, text, target, against, n):
     print_grid(100 * alpha[rows], names)
     print(f"\nparts of the {what}, in tenths")
     print_grid(10 * parts[rows], names)
-    return f"{text!r}\n{what}: {value:+.2f}", parts, tokens
+    names = {}
+    for j, l, ids in loudest(r.model, idx, parts, 12, shown):
+        names[j, l] = " ".join(token_string(r.tokenizer, i).strip() for i in ids)
+    return f"{text}  \u2192  {what}", parts, tokens, names, what
 
 
 def print_largest(tokens, alpha, parts, value, n):
@@ -297,18 +302,17 @@ def main(argv):
     if s.html:
         write_page(s.html, r, words, s.text)
         return
-    if s.text:
-        title, parts, tokens = show_text(r, s.text, s.target, s.against, s.top)
-        if s.plot:
-            kind = "difference" if s.against else "logit"
-            draw_parts(s.plot, title + with_edits, parts, tokens, kind)
-        return
-
-    senses = sense_numbers(s.sense, r.model.config.n_sense)
     shown = torch.ones(r.model.config.vocab_size, dtype=torch.bool)
     if not s.pieces:
         shown = readable_tokens(r.tokenizer, len(shown))
     shown = shown.to(r.device)
+    if s.text:
+        title, *picture = show_text(r, s.text, s.target, s.against, s.top, shown)
+        if s.plot:
+            draw_stack(s.plot, title + with_edits, *picture)
+        return
+
+    senses = sense_numbers(s.sense, r.model.config.n_sense)
     if words:
         title = f"What the senses of {', '.join(words)} say: logits at weight 1"
         if len(words) > 1 and len(senses) == 1:

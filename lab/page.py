@@ -21,7 +21,7 @@ from lab.change import next_p
 from lab.control import MARGIN, STRENGTHS, EditedBackpack, quiet_inverse, sense_peaks
 from lab.edits import make_edits, peaks_progress, summary
 from lab.files import read_json, read_text, write_text
-from lab.senses import attribution, says, text_ids, word_senses
+from lab.senses import attribution, loudest, readable_tokens, says, text_ids, word_senses
 from lab.words import token_string, token_text, word_ids
 from tokenizer import byte_characters
 
@@ -140,7 +140,17 @@ def first_look(r, text, n=8):
         "changed": edited.tolist(),
         "alpha": rounded(alpha.flatten(), 4),
         "parts": rounded(parts.flatten(), 5),
+        "loudest": loud_names(r, idx, parts),
     }
+
+
+def loud_names(r, idx, parts):
+    """What the page calls the largest parts (T,K) of a logit: [[j, l, tokens]]."""
+    shown = readable_tokens(r.tokenizer, r.model.config.vocab_size).to(r.device)
+    names = []
+    for j, l, ids in loudest(r.model, idx, parts, 12, shown):
+        names.append([j, l, [token_text(r.tokenizer, i) for i in ids]])
+    return names
 
 
 def likeliest(r, p, n):

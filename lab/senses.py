@@ -120,3 +120,18 @@ def attribution(model, idx, direction):
     of_last = alpha[0, :, -1].T  # (T,K)
     said = torch.einsum("tkd,...d->...tk", model.senses(idx), direction)  # (T,K) or (n,T,K)
     return of_last, of_last * said
+
+
+def loudest(model, idx, parts, n=8, shown=None):
+    """The n largest parts (T,K) of what idx (T,) says, for or against: [(j, l, ids)].
+
+    ids: the three tokens that sense l of the token at position j says most.
+    """
+    largest = parts.flatten().abs().topk(min(n, parts.numel())).indices
+    C = model.senses(idx)  # (T,K,D)
+    found = []
+    for place in largest.tolist():
+        j, l = divmod(place, parts.size(1))
+        high, _ = says(model, C[j, l], 3, shown)
+        found.append((j, l, high.indices.tolist()))
+    return found

@@ -12,7 +12,7 @@ from test_control import ALL, CHARS, edited, tiny
 
 import train
 from configurator import UserError
-from lab import look, page, senses
+from lab import draw, look, page, senses
 from lab.run import open_run
 from lab.words import word_id
 from model import Backpack
@@ -186,6 +186,34 @@ def test_pictures(printed, tmp_path):
     printed("--word=$x^$,<&>", "--sense=0", f"--plot={tmp_path / 'p.svg'}")
     svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
     assert ">$x^$, sense 0<" in svg and "&lt;&amp;&gt;, sense 0<" in svg
+
+
+def test_the_picture_of_a_logit_adds_up(monkeypatch):
+    """A row begins where the one above it ended, and what has no row of its own is in the first one."""
+    drawn = []
+    monkeypatch.setattr(draw, "save", lambda figure, file, title: drawn.append(figure))
+    torch.manual_seed(0)
+    parts = torch.randn(20, 4)
+    tokens = [f"token{j}" for j in range(20)]
+    names = {(j, l): "a very long name that fits nowhere" for j in range(20) for l in range(4)}
+    draw.draw_stack("p.svg", "title", parts, tokens, names, "all")
+    (axes,) = drawn[0].axes
+    *bars, total = axes.patches
+    assert total.get_width() == pytest.approx(parts.sum().item(), abs=1e-5)
+    rows = [bars[i : i + 4] for i in range(0, len(bars), 4)]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(rows) == 13 and labels[0] == "8 other tokens" and labels[-1] == "all"
+    end = 0.0
+    for row in rows:
+        assert row[0].get_x() == pytest.approx(end, abs=1e-5)
+        end += sum(bar.get_width() for bar in row)
+    assert end == pytest.approx(parts.sum().item(), abs=1e-5)
+    # a label lies within its bar
+    named = {bar.get_x() + bar.get_width() / 2: bar.get_window_extent() for bar in bars}
+    labels = [text for text in axes.texts if text.get_position()[0] in named]
+    assert len(labels) > 3
+    for text in labels:
+        assert text.get_window_extent().width <= named[text.get_position()[0]].width
 
 
 @pytest.mark.parametrize(

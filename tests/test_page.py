@@ -220,6 +220,30 @@ def test_the_guided_minute(opened, shipped_page, width, scheme):
     assert total == round(100 * numbers(view.inner_text("#sum"))[0])
     wide = "e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1"
     assert view.evaluate(f"[...document.querySelectorAll('body *')].filter({wide}).length") == 0
+    view.fill("#text", "He was born in Denver, but his family moved to Boston, where he went to school and")
+    view.wait_for_function("document.querySelectorAll('.stack-row').length === 14")
+    assert_rows_add_up(view)
+
+
+def assert_rows_add_up(view):
+    """In the picture of a logit each row begins where the one above it ended; the last one is their sum."""
+    view.wait_for_timeout(1000)  # it moves
+    rows = view.locator(".stack-row").all()
+    assert "others" in rows[0].inner_text()
+    shown = [numbers(row.locator("> :last-child").inner_text())[0] for row in rows]
+    assert round(100 * sum(shown[:-1])) == round(100 * shown[-1])
+    assert shown[-1] == numbers(view.inner_text("#sum"))[0]
+    edges = """row => [...row.querySelectorAll('.part, .total')].map(part => {
+      const {left, width} = part.getBoundingClientRect();
+      return [left, width, part.classList.contains('against')];
+    })"""
+    end = rows[0].locator(".zero").bounding_box()["x"]
+    for row in rows[:-1]:
+        parts = row.evaluate(edges)
+        assert abs(min(left for left, _, against in parts if not against) - end) < 1.5
+        end += sum(-width if against else width for _, width, against in parts)
+    ((left, width, _),) = rows[-1].evaluate(edges)
+    assert abs((left + width if shown[-1] > 0 else left) - end) < 1.5
 
 
 def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
