@@ -4,10 +4,21 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from configurator import check, pick_device
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse, read_edits
 from sample import load_run, newest_run
+
+
+@torch.no_grad()
+def are_of_tokens_alone(model):
+    """Whether senses are the same whatever stands beside a token. In a fork they need not be."""
+    ids = torch.arange(min(32, model.config.vocab_size), device=model.wte.weight.device)  # (n,)
+    together = model.senses(ids[None])[0]  # (n,K,D)
+    alone = model.senses(ids[:, None])[:, 0]
+    return torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item())
 
 
 def open_run(run=None, device="auto", edits=None, edit="", senses=True):
@@ -25,6 +36,9 @@ def open_run(run=None, device="auto", edits=None, edit="", senses=True):
     ckpt, base, tokenizer = load_run(path, device)
     hint = "give a Backpack, with --run=FOLDER"
     check(base.config.n_sense or not senses, f"{path} is a plain Transformer (n_sense=0): {hint}")
+    if base.config.n_sense and not are_of_tokens_alone(base):
+        alone = "a word's are shown as those of the word alone"
+        print(f"senses of this model.py depend on more than the token: {alone}", file=sys.stderr)
     listed = read_edits(edits) + parse(edit)
     model = base
     if listed:

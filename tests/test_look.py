@@ -169,6 +169,17 @@ def test_it_says_when_the_parts_are_not_the_logit(printed, monkeypatch):
     assert "\nNOT the sum of these" in shown and "exactly" not in shown
 
 
+def test_it_says_when_senses_depend_on_neighbours(run_train, monkeypatch, capsys):
+    """A fork in which the sense vectors of a token are also those of the token before it."""
+    run = run_train("--max_iters=4")
+    look.main([f"--run={run}", "--device=cpu", "--word=a"])
+    assert "depend on more" not in capsys.readouterr().err
+    plain = Backpack.senses
+    monkeypatch.setattr(Backpack, "senses", lambda self, ids: plain(self, ids) + plain(self, ids.roll(1, -1)))
+    look.main([f"--run={run}", "--device=cpu", "--word=a"])
+    assert "senses of this model.py depend on more than the token" in capsys.readouterr().err
+
+
 def test_a_run_of_characters(run_train, capsys):
     run = run_train("--max_iters=4")
     for args in (["--word=a"], ["--similar=w"], ["--who=a"], ["--text=words a", "--target=r"]):
