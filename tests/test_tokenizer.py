@@ -230,6 +230,10 @@ def test_words():
     message = "'at' is 2 tokens here, a t: this needs a word of one token"
     with pytest.raises(UserError, match=message):
         word_id(char, "at")
+    hint = r"""is \d tokens here, .*: "\u306e", with the double quotes, is one token$"""
+    with pytest.raises(UserError, match=hint):
+        word_id(gpt2, "\u306e")
+    assert word_ids(gpt2, '"\u306e"') == [word_id(gpt2, '"\u306e"')]
     for empty in ("", " "):
         with pytest.raises(UserError, match="is not a word"):
             word_ids(gpt2, empty)
