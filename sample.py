@@ -122,10 +122,12 @@ def main(argv):
     if s.edits or s.edit:
         check((Path(__file__).parent / "lab").is_dir(), "edits need the folder lab/ of the repository")
         from lab.control import EditedBackpack
-        from lab.edits import make_edits, parse, read_edits, summary
+        from lab.edits import make_edits, parse, read_edits, summary, unreached
 
         edits = read_edits(s.edits) + parse(s.edit)
         edited = EditedBackpack(model, make_edits(model, tokenizer, edits))
+        for line in unreached(tokenizer, edits, s.start):
+            print(line)
     print_samples(title, model, tokenizer, s, device)
     if edited:
         print_samples(f"{title}, with {summary(edits)}", edited, tokenizer, s, device)

@@ -27,10 +27,11 @@ from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import train
 from configurator import Dtype, check, configure, pick_device, pick_dtype, run
 from lab.files import expect_place, replacing, write_text
 from model import Backpack, contextualize, load_checkpoint, sum_senses
+
+import train  # isort: skip  # after configurator: see lab/configurator.py
 
 WARMUP = 2  # runs that don't count
 

@@ -1,8 +1,12 @@
 """Pictures of the lab: bars, the parts of a logit as they add up, curves of runs (needs matplotlib)."""
 
 import colorsys
+import contextlib
 import itertools
+import logging
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +33,9 @@ COLORS = ("black", "#d55e00", "#0072b2", "#e69f00", "#009e73")
 DASHES = ("-", "--", "-.", ":")
 NUMBER = "{x:,.10g}"  # 20,000 and 0.5
 
+RTL = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]"  # letters and marks of Hebrew, Arabic and their like
+RTL_WORDS = re.compile(f"\u00b7?{RTL}+(?: +{RTL}+)*")  # the dot stands for a space before a word
+
 
 def expect_picture(path):
     """Ask before the work that a picture shows. UserError: it can't be drawn there, or at all."""
@@ -43,17 +50,20 @@ def draw_bars(file, title, panels):
     down = math.ceil(len(panels) / across)
     most = max(len(bars) for _, bars in panels)
     size = (3 * across, 0.5 + down * (0.4 + 0.2 * most))
-    figure, axes = pyplot().subplots(down, across, squeeze=False, sharex=True, figsize=size)
+    words = [token for _, bars in panels for token, _ in bars]
+    names = [name for name, _ in panels]
+    plt = pyplot(title, *names, *words)
+    figure, axes = plt.subplots(down, across, squeeze=False, sharex=True, figsize=size)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (name, bars) in zip(axes.flat, panels):
         bars = bars[::-1]  # the first one at the top
-        tokens = [token[:18] for token, _ in bars]
+        tokens = [isolated(token) for token, _ in bars]
         scores = [score for _, score in bars]
         colors = ["#1f6fb4" if score > 0 else "#c44e52" for score in scores]
         axis.barh(range(len(bars)), scores, color=colors, height=0.7)
         axis.set_yticks(range(len(bars)), tokens)
-        axis.set_title(name, loc="left", fontsize=9, fontweight="bold")
+        axis.set_title(isolated(name), loc="left", fontsize=9, fontweight="bold")
     save(figure, file, title)
 
 
@@ -78,7 +88,8 @@ def draw_stack(file, title, parts, tokens, names, what, most=12):
     if len(others):
         rows.insert(0, (f"{len(others)} other tokens", values[others].sum(0), {}))
 
-    figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.36 * len(rows)))
+    plt = pyplot(title, what, *tokens, *names.values())
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(rows)))
     labels = []
     end = 0.0
     for y, (_, of_token, called) in enumerate(rows):
@@ -88,7 +99,7 @@ def draw_stack(file, title, parts, tokens, names, what, most=12):
     axes.plot([end, end], [bottom - 0.7, bottom + 0.3], color=LINE, linewidth=0.8, zorder=0)
     axes.barh(bottom, end, 0.6, color=INK)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(bottom + 1), [token for token, _, _ in rows] + [what])
+    axes.set_yticks(range(bottom + 1), [token for token, _, _ in rows] + [isolated(what)])
     axes.get_yticklabels()[-1].set_fontweight("bold")
     axes.tick_params(length=0)
     axes.set_ylim(bottom + 0.6, -0.7)
@@ -114,7 +125,7 @@ def draw_row(axes, y, start, values, called, labels):
         place, height = (y, 0.6) if value > 0 else (y + 0.41, 0.18)
         (bar,) = axes.barh(place, value, height, left, color=sense_color(l), edgecolor="white", linewidth=0.5)
         if l in called and value > 0:
-            name = f"{l}: {called[l]}"
+            name = f"{l}: {isolated(called[l])}"
             text = axes.text(left + value / 2, y, name, ha="center", va="center", fontsize=7.5, color=INK)
             labels.append((text, bar))
         left += value
@@ -151,7 +162,7 @@ def draw_curves(file, panels, title=""):
     across = min(4, len(panels))
     down = math.ceil(len(panels) / across)
     size = (1.5 + 4 * across, 0.3 + 3 * down + 0.2 * len(names))
-    figure, axes = pyplot().subplots(down, across, squeeze=False, figsize=size)
+    figure, axes = pyplot(title, *names).subplots(down, across, squeeze=False, figsize=size)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels):
@@ -181,18 +192,69 @@ def label_powers(axis):
         axis.set_major_formatter(NUMBER)
 
 
-def pyplot():
-    """matplotlib.pyplot in our style, to draw into files. UserError: it is not installed."""
+def pyplot(*texts):
+    """matplotlib.pyplot in our style, with fonts for these texts, to draw into files.
+
+    UserError: it is not installed.
+    """
     matplotlib = require("matplotlib", "--plot")
     matplotlib.use("Agg")
     matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams["font.family"] = fonts_for("".join(texts))
+    # fonts_for says so, once for all; and a font that has no bold is bold enough
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib import pyplot
 
     return pyplot
 
 
+def isolated(text):
+    """A text in which words that are read from the right leave what stands beside them in its place."""
+    return RTL_WORDS.sub("\u2068\\g<0>\u2069", text)  # Unicode's first strong isolate, and its end
+
+
+def fonts_for(text):
+    """Names of fonts for a text: matplotlib's own, and of those installed as few as have what it lacks.
+
+    It prints which characters none of them has.
+    """
+    from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager, get_font
+
+    names = ["sans-serif"]
+    own = get_font(fontManager.findfont(FontProperties(family=names)))
+    missing = {ord(character) for character in text if character.isprintable()}
+    missing -= own.get_charmap().keys()
+    if not missing:
+        return names
+    # fonts that were installed since matplotlib made its list; some files are none that it can use
+    listed = {font.fname for font in fontManager.ttflist}
+    for path in sorted(set(findSystemFonts()) - listed):
+        with contextlib.suppress(Exception):
+            fontManager.addfont(path)
+    has = {}  # of each font, the characters that it has of these
+    for font in fontManager.ttflist:
+        is_plain = font.style == "normal" and font.weight == 400
+        # the last resort has a box for every character
+        if is_plain and not font.name.startswith("Last Resort"):
+            has[font.name] = missing & get_font(font.fname).get_charmap().keys()
+    bold = {font.name for font in fontManager.ttflist if font.weight == 700}
+    while missing:
+        best = max(has, key=lambda name: (len(missing & has[name]), "Sans" in name, name in bold))
+        if not missing & has[best]:
+            break
+        names.append(best)
+        missing -= has[best]
+    if missing:
+        characters = "".join(map(chr, sorted(missing)[:20]))
+        hint = "Noto Sans, or Noto Sans CJK for Chinese, Japanese and Korean"
+        packages = "Debian's fonts-noto-core and fonts-noto-cjk"
+        print(f"no font here has {characters}: install one, such as {hint} ({packages})")
+    return names
+
+
 def save(figure, path, title):
-    figure.suptitle(title, fontweight="bold", fontsize=10)
+    figure.suptitle(isolated(title), fontweight="bold", fontsize=10)
     # matplotlib refuses to draw 2**16 pixels in a row
     dpi = min(150, 2**15 / max(figure.get_size_inches()))
     with replacing(path) as file:

@@ -28,7 +28,7 @@ from pathlib import Path
 from configurator import check, configure, run
 from lab.change import other_text
 from lab.control import EditedBackpack
-from lab.edits import describe, make_edits, parse, printable, read_edits
+from lab.edits import describe, make_edits, parse, printable, read_edits, unreached
 from lab.files import expect_place, write_text
 from lab.run import open_run
 from lab.teach import read_examples, teach
@@ -93,6 +93,10 @@ def main(argv):
     for number, edit in enumerate(edits, 1):
         adds = f", adds {printable(edit['adds'])}" if "adds" in edit else ""
         print(f"{number:3}  {describe(edit)[:100]}{adds}")
+    # as they stand at the start of a line
+    names = [edit["word"] for edit in edits if edit.get("word", "")[:1].isupper()]
+    for line in unreached(r.tokenizer, edits, "\n".join(names)):
+        print(line)
     if changes and s.edits:
         lines = [json.dumps(edit, ensure_ascii=False) for edit in edits]
         write_text(s.edits, "[" + ",\n ".join(lines) + "]\n")

@@ -26,7 +26,7 @@ from lab.control import (
     topic_weights,
 )
 from lab.files import read_json
-from lab.words import token_text, word_forms, word_id, word_ids
+from lab.words import is_quoted, token_text, word_forms, word_id, word_ids
 
 FORMS = {  # an edit as text; the names in braces are the keys of its dict
     "scale": "{word} {sense} {factor}",
@@ -202,6 +202,26 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def unreached(tokenizer, edits, text):
+    """Lines about the edits whose word stands in a text, but only as tokens that they leave alone.
+
+    At the start of a text, a word has no space before it, and is often made of other tokens.
+    """
+    ids = set(tokenizer.encode(text).tolist())
+    lines = []
+    for edit in edits:
+        word = edit.get("word", "").removeprefix("\u00b7").removeprefix(" ")
+        is_there = word and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text)
+        # a "word" in double quotes stands for a token, wherever that is
+        if not is_there or is_quoted(word) or ids & set(word_forms(tokenizer, word)):
+            continue
+        pieces = "|".join(token_text(tokenizer, i) for i in tokenizer.encode(word))
+        where = "without a space before it, as at the start of a text"
+        alone = f"leaves {printable(word)} alone {where}: there it is {pieces}"
+        lines.append(f"{describe(edit)[:100]} {alone}")
+    return lines
+
+
 # -----------------------------------------------------------------------------
 # what edits do to a model
 
@@ -332,4 +352,4 @@ def make_edits(model, tokenizer, edits, with_topics=True):
 
 
 def peaks_progress(parts):
-    return tqdm(parts, "highest logit of each sense", leave=False, delay=2)
+    return tqdm(parts, "for topics: the highest logit of each sense", leave=False, delay=2)

@@ -5,7 +5,7 @@ $ python -m lab.look --word=nurse,river                  what each sense says, h
 $ python -m lab.look --word=nurse,river,king --sense=3   one sense of several words, or some: 3,5
 $ python -m lab.look --roles                             what each sense does, over all words
 $ python -m lab.look --similar=river                     nearest words, by sense and overall
-$ python -m lab.look --who=Canada                        which senses of which words say a word most
+$ python -m lab.look --who=Canada,Texas                  which senses of which words say a word most
 $ python -m lab.look --text="The nurse said that" --target=he --against=she
 $ python -m lab.look --word=nurse --plot=nurse.svg       draws any of these views
 $ python -m lab.look --text="The nurse said" --html=page.html   all this and edits, in a browser
@@ -23,7 +23,7 @@ import torch
 
 from configurator import check, configure, run
 from lab.draw import draw_bars, draw_stack, expect_picture
-from lab.edits import summary
+from lab.edits import summary, unreached
 from lab.files import expect_place
 from lab.page import write_page
 from lab.run import open_run
@@ -39,7 +39,7 @@ from lab.senses import (
     top_tokens,
     word_senses,
 )
-from lab.words import token_string, token_text, word_forms, word_id, word_ids
+from lab.words import quoted_hint, token_string, token_text, word_forms, word_id, word_ids
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Settings:
     word: str = ""  # words, separated by commas: what their senses say
     sense: str = ""  # with word or similar: these senses only, such as 4 or 4,10,12
     similar: str = ""  # words, separated by commas: which tokens have senses like theirs
-    who: str = ""  # the senses of all words that raise this one most
+    who: str = ""  # words, separated by commas: the senses of all words that raise them most
     roles: bool = False  # what each sense does, whatever the word
     text: str = ""  # why does the model continue it as it does?
     target: str | None = None  # with text: a token that may come next; None: the likeliest
@@ -77,16 +77,21 @@ def sense_numbers(text, K):
     return numbers
 
 
+def short(text, most):
+    """A text of at most so many characters, with an ellipsis in place of what is cut off."""
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
 def named(r, values, ids):
-    """The values and ids (n,) of topk as [(token, value)]."""
-    return [(token_text(r.tokenizer, i), v) for v, i in zip(values.tolist(), ids.tolist())]
+    """The values and ids (n,) of topk as [(token, value)]; long tokens are cut."""
+    return [(short(token_text(r.tokenizer, i), 20), v) for v, i in zip(values.tolist(), ids.tolist())]
 
 
 def fill(pairs, digits=1, indent=12, width=80):
     """'token score' of each pair, on as many lines of this width as they need."""
     lines = [""]
     for token, score in pairs:
-        piece = f"  {token[:20]} {score:.{digits}f}"
+        piece = f"  {token} {score:.{digits}f}"
         if indent + len(lines[-1]) + len(piece) > width:
             lines.append("")
         lines[-1] += piece
@@ -109,6 +114,9 @@ def show_words(r, words, senses, n, shown):
         heading = " ".join(pieces)
         if len(pieces) > 1:
             heading += f": the mean of {len(pieces)} tokens"
+            hint = quoted_hint(r.tokenizer, word)
+            if hint:
+                heading += f"; {hint}"
         print(heading)
         C = word_senses(r.model, r.tokenizer, word)  # (K,D)
         high, low = says(r.model, C, max(n, 10), shown)  # (K,n or 10) each
@@ -134,13 +142,16 @@ def show_side_by_side(r, words, sense, n, shown):
         highest, lowest = says(r.model, C, n, shown)  # (n,) each
         high.append(named(r, *highest))
         low.append(named(r, *lowest))
-    width = max(10, 76 // len(words))
     print(f"sense {sense}: highest tokens, then the lowest")
-    print("  " + "".join(word[: width - 2].ljust(width) for word in words))
-    for sign, columns in (("+", high), ("-", low)):
-        for row in zip(*columns):
-            cells = [f"{token[: width - 7]} {score:.1f}".ljust(width) for token, score in row]
-            print(f"{sign} " + "".join(cells))
+    at_once = min(len(words), 4)  # as many as fit on a line
+    width = 76 // at_once
+    for first in range(0, len(words), at_once):
+        part = slice(first, first + at_once)
+        print("  " + "".join(short(word, width - 2).ljust(width) for word in words[part]))
+        for sign, columns in (("+", high[part]), ("-", low[part])):
+            for row in zip(*columns):
+                cells = [f"{short(token, width - 7)} {score:.1f}".ljust(width) for token, score in row]
+                print(f"{sign} " + "".join(cells))
     return [(f"{word}, sense {sense}", column) for word, column in zip(words, high)]
 
 
@@ -163,19 +174,24 @@ def show_similar(r, words, senses, n, shown):
     return panels
 
 
-def show_who(r, word, n, shown):
-    """The n senses of all tokens that raise a word most."""
-    e = r.model.wte.weight[word_id(r.tokenizer, word)]  # (D,)
-    scores = torch.cat([C @ e for C in all_senses(r.model)])  # (V,K)
+def show_who(r, words, n, shown):
+    """The n senses of all tokens that raise each word most."""
+    e = r.model.wte.weight[[word_id(r.tokenizer, word) for word in words]]  # (words,D)
+    scores = torch.cat([C @ e.T for C in all_senses(r.model)])  # (V,K,words)
     K = scores.size(1)
-    values, places = top_tokens(scores.flatten(), n, shown.repeat_interleave(K))  # (n,) each
-    bars = []
-    for score, place in zip(values.tolist(), places.tolist()):
-        token, l = divmod(place, K)
-        name = f"{token_text(r.tokenizer, token)}, sense {l}"
-        print(f"{score:6.1f}  {name}")
-        bars.append((name, score))
-    return [(f"who says {word}", bars)]
+    panels = []
+    for i, word in enumerate(words):
+        values, places = top_tokens(scores[..., i].flatten(), n, shown.repeat_interleave(K))  # (n,) each
+        bars = []
+        if len(words) > 1:
+            print(word)
+        for score, place in zip(values.tolist(), places.tolist()):
+            token, l = divmod(place, K)
+            name = f"{short(token_text(r.tokenizer, token), 20)}, sense {l}"
+            print(f"{score:6.1f}  {name}")
+            bars.append((name, score))
+        panels.append((f"who says {word}", bars))
+    return panels
 
 
 def show_roles(r, n, shown, most=1000):
@@ -278,7 +294,7 @@ def print_grid(numbers, names):
         rows = numbers[:, senses].round().int().tolist()
         for name, row in zip(names, rows):
             cells = [f"{value or '':>4}" for value in row]
-            print(f"{name[:14]:>14} " + "".join(cells))
+            print(f"{short(name, 14):>14} " + "".join(cells))
 
 
 @torch.no_grad()
@@ -286,7 +302,8 @@ def main(argv):
     s, _ = configure(Settings, argv, __doc__)
     words = split_words(s.word)
     alike = split_words(s.similar)
-    asked = [words, alike, s.who, s.text, s.roles]
+    said = split_words(s.who)
+    asked = [words, alike, said, s.text, s.roles]
     views = "--word=..., --similar=..., --who=..., --text=..., --roles; or --html=..."
     n_views = sum(bool(view) for view in asked)
     check(n_views == 1 or s.html, f"give one of {views}")
@@ -299,6 +316,8 @@ def main(argv):
         expect_place(s.html, [".html", ".htm"])
     r = open_run(s.run, s.device, s.edits, s.edit)
     with_edits = f" with {summary(r.edits)}" if r.edits else ""
+    for line in unreached(r.tokenizer, r.edits, s.text):
+        print(line)
     if s.html:
         write_page(s.html, r, words, s.text)
         return
@@ -322,9 +341,9 @@ def main(argv):
     elif alike:
         title = f"Tokens nearest to {', '.join(alike)}, by cosine"
         panels = show_similar(r, alike, senses, s.top, shown)
-    elif s.who:
-        title = f"Logit of {s.who}"
-        panels = show_who(r, s.who, s.top, shown)
+    elif said:
+        title = f"Logit of {', '.join(said)}"
+        panels = show_who(r, said, s.top, shown)
     else:
         title = "Tokens that are among a sense's ten highest, in % of the words"
         panels = show_roles(r, s.top, shown)

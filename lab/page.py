@@ -23,7 +23,7 @@ from lab.edits import make_edits, peaks_progress, summary
 from lab.files import read_json, read_text, write_text
 from lab.senses import attribution, loudest, readable_tokens, says, text_ids, word_senses
 from lab.words import token_string, token_text, word_ids
-from tokenizer import byte_characters
+from tokenizer import byte_characters, keeps_marks
 
 FOLDER = Path(__file__).parent
 LIMIT = 14_000_000  # bytes of a page
@@ -97,6 +97,7 @@ def page_data(r, words, text):
         "strengths": STRENGTHS,
         "margin": MARGIN,
         "kind": r.tokenizer.spec["kind"],
+        "keeps_marks": keeps_marks(r.tokenizer.spec),
         "tokens": token_names(r.tokenizer),
         "end": r.tokenizer.end,
         "run": str(r.path),

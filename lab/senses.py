@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import check
-from lab.words import token_string, word_ids
+from lab.words import begins_with_mark, is_unspaced, token_string, word_ids
 
 
 def text_ids(r, text, most):
@@ -56,14 +56,15 @@ def says(model, C, n, shown=None):
 def readable_tokens(tokenizer, V):
     """(V,): True for the tokens that a reader can place: words with a space before them, Names, signs.
 
-    If there is none, or if tokens are characters, all are.
+    In a script without spaces nothing tells a word from a part of one, so all that begins with a letter of
+    it is shown. If no token can be placed, or if tokens are characters, all are.
     """
     shown = torch.zeros(V, dtype=torch.bool)
     for i in range(V):
         token = token_string(tokenizer, i)
         is_text = token.isprintable() and "\ufffd" not in token and token.strip() != ""
-        is_part = token[:1].isalnum() and not token[:1].isupper()
-        shown[i] = is_text and not is_part
+        is_part = token[:1].isalnum() and not token[:1].isupper() and not is_unspaced(token)
+        shown[i] = is_text and not is_part and not begins_with_mark(token)
     if tokenizer.end is None or not shown.any():
         shown[:] = True
     return shown
@@ -82,12 +83,15 @@ def directions(model):
 def coherence(model, tokenizer, top):
     """How alike the tokens top (K,n) are that each sense says, so how readable it is: (K,).
 
-    The mean product of two of their directions. A token of fewer than three letters is like no other.
+    The mean product of two of their directions. A token of fewer than three letters is like no other,
+    unless its script has no spaces: there one letter may be a word.
     """
     n = top.size(1)
     texts = [token_string(tokenizer, i) for i in top.flatten().tolist()]
     n_letters = [len(re.findall(r"[^\W\d_]", text)) for text in texts]
-    is_word = torch.tensor(n_letters, device=top.device).view(-1, n) > 2  # (K,n)
+    least = [1 if is_unspaced(text) else 3 for text in texts]
+    is_word = torch.tensor(n_letters) >= torch.tensor(least)  # (K*n,)
+    is_word = is_word.view(-1, n).to(top.device)  # (K,n)
     e = directions(model)[top]  # (K,n,D)
     e = e * is_word[..., None]
     products = e @ e.mT  # (K,n,n)

@@ -6,7 +6,16 @@ from pathlib import Path
 
 from configurator import UserError, check
 from lab.files import read_json, read_text
-from tokenizer import END, GPT2_SIZE, UNKNOWN, byte_characters, load_tokenizer, require
+from tokenizer import (
+    END,
+    GPT2_SIZE,
+    UNKNOWN,
+    byte_characters,
+    cut_words,
+    keeps_marks,
+    load_tokenizer,
+    require,
+)
 
 # of GPT-2's tokens in the order of their ids, as JSON
 GPT2_TOKENS_SHA256 = "ae640db5fc48332d32101df91998abf45c421979a55c96d0df9f812b7d32d806"
@@ -38,6 +47,8 @@ def for_transformers(tokenizer):
     vocab[END] = tokenizer.end
     codec = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
     codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if keeps_marks(spec):
+        codec.pre_tokenizer = cut_words()
     codec.decoder = tokenizers.decoders.ByteLevel()
     codec.add_special_tokens([END])
     return codec.to_str()
@@ -125,7 +136,7 @@ def own_spec(codec):
         return None
     if not same:
         return None
-    if spec["kind"] == "bpe" and is_gpt2(model["vocab"]):
+    if spec["kind"] == "bpe" and is_gpt2(model["vocab"]) and not keeps_marks(spec):
         return {"kind": "gpt2"}
     return spec
 

@@ -1,8 +1,13 @@
 """Words <-> token ids, where a model is asked about a word."""
 
+import unicodedata
+
 import numpy as np
 
 from configurator import UserError, check
+
+# how Unicode's names of characters begin in scripts that have no spaces between words
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
 def word_ids(tokenizer, word):
@@ -43,8 +48,16 @@ def word_id(tokenizer, word):
     if len(ids) > 1:
         tokens = " ".join(token_text(tokenizer, i) for i in ids[:8])
         hint = 'this needs a word of one token, or one of these as "token" in double quotes'
+        hint = quoted_hint(tokenizer, word) or hint
         raise UserError(f"{word!r} is {len(ids)} tokens here, {tokens}: {hint}")
     return ids[0]
+
+
+def quoted_hint(tokenizer, word):
+    """That a word is one token without a space before it, as in text without spaces; "" if it isn't."""
+    if is_quoted(word) or len(tokenizer.encode(word)) != 1:
+        return ""
+    return f'"{word}", with the double quotes, is one token'
 
 
 def word_forms(tokenizer, word):
@@ -67,6 +80,16 @@ def token_string(tokenizer, id):
         return tokenizer.decode([id])
     before = tokenizer.decode([tokenizer.end])
     return tokenizer.decode([tokenizer.end, id]).removeprefix(before)
+
+
+def is_unspaced(text):
+    """Whether a text begins in a script that has no spaces between words."""
+    return unicodedata.name(text[:1] or " ", "").startswith(UNSPACED)
+
+
+def begins_with_mark(text):
+    """Whether a text begins with a combining mark, which belongs to the letter before it."""
+    return unicodedata.category(text[:1] or " ").startswith("M")
 
 
 def is_word(tokenizer, id):

@@ -12,8 +12,9 @@ from test_control import ALL, CHARS, tiny
 import lab.edit
 from configurator import UserError
 from lab.control import MARGIN, EditedBackpack
-from lab.edits import describe, make_edits, parse, read_edits, summary
+from lab.edits import describe, make_edits, parse, read_edits, summary, unreached
 from lab.files import expect_place, read_jsonl, replacing, write_text
+from tokenizer import load_tokenizer
 
 # ---- text and files
 
@@ -73,6 +74,24 @@ def test_files_of_text(tmp_path):
     path.write_bytes(json.dumps(edit).encode("utf-16"))
     with pytest.raises(UserError, match="e.json is not UTF-8: byte 0 is 0xff"):
         read_edits(path)
+
+
+def test_a_word_that_an_edit_does_not_reach():
+    """In GPT-2's vocabulary, Zimbabwe is one token after a space only; Paris is edited in both its forms."""
+    gpt2 = load_tokenizer({"kind": "gpt2"})
+    edits = parse('scale Zimbabwe 0 0; scale Paris 0 0; scale river 1 0; scale "oz" 0 0; topic river 2')
+
+    def said(text):
+        return unreached(gpt2, edits, text)
+
+    (line,) = said("Zimbabwe is near")
+    pieces = [gpt2.decode([id]) for id in gpt2.encode("Zimbabwe")]
+    assert len(pieces) > 1
+    begins = "scale Zimbabwe 0 0 leaves Zimbabwe alone without a space before it"
+    assert line.startswith(begins) and line.endswith(f": there it is {'|'.join(pieces)}")
+    assert [line.split()[1] for line in said("river Zimbabwe\nZimbabwe (river)")] == ["river"]
+    for text in ("", "In Zimbabwe", "Zimbabwe or Zimbabwe", "Paris", "Zimbabwean rivers", "Mozart oz"):
+        assert said(text) == []
 
 
 # ---- what is refused

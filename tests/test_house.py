@@ -58,6 +58,19 @@ def test_who_imports_what():
             assert "torch" not in imported(at_once)  # it takes seconds
 
 
+def test_a_tool_that_is_run_as_a_file_says_how_to_run_it():
+    done = call(ROOT, "lab/curves.py", "out/a")
+    assert done.returncode == 1
+    said = "lab/curves.py is run from the root of the repository, as: python -m lab.curves\n"
+    assert done.stderr == said
+    # of all tools: lab/configurator.py answers if nothing else of the root is asked for before it
+    for path in sorted((ROOT / "lab").glob("*.py")):
+        if "__main__" in path.read_text():
+            names = [name for node in statements(path) for name in imported([node])]
+            own = [name for name in names if (ROOT / name).exists() or (ROOT / f"{name}.py").exists()]
+            assert own[0] == "configurator", path
+
+
 # ---- model.py alone
 
 ALONE = """

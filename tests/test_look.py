@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,11 +107,38 @@ def test_how_alike_in_loops(monkeypatch):
     for x in range(8):
         for l in range(4):
             assert torch.isclose(cosines[x, l], cosine(C[x, l], C[2, l]))
-    # of tokens 0 to 3, token 0 has too few letters
-    monkeypatch.setattr(CHARS, "decode", lambda ids: "a.b" if ids[0] == 0 else "abc")
+    # of tokens 0 to 3, token 0 has too few letters; of Chinese, one would do
+    texts = {0: "a.b", 1: "\u4e2d"}
+    monkeypatch.setattr(CHARS, "decode", lambda ids: texts.get(ids[0], "abc"))
     e = model.wte.weight - model.wte.weight.mean(0)
     want = (cosine(e[1], e[2]) + cosine(e[1], e[3]) + cosine(e[2], e[3])) / 6
     assert torch.isclose(senses.coherence(model, CHARS, torch.arange(4)[None])[0], want)
+
+
+def test_which_tokens_a_reader_can_place():
+    """No parts of words; but where words have no spaces between them, any text may be a word."""
+    shown = [" river", "River", " \u0440\u0435\u043a\u0430", "!", "\u4e2d\u56fd", "\u65e5\u672c\u306e"]
+    shown += [
+        "\u30c6\u30ad\u30b9\u30c8",
+        "\u0e20\u0e32\u0e29\u0e32",
+        " \u0646\u0647\u0631",
+        " \u0928\u0926\u0940",
+    ]
+    hidden = [
+        "iver",
+        "\u0435\u043a\u0430",
+        "\u0647\u0631",
+        "\u0926\u0940",
+        "\u0940",
+        "\u064e\u0631",
+        " ",
+        "\ufffd",
+        "\x00",
+    ]
+    texts = ["<end>", *shown, *hidden]
+    pieces = SimpleNamespace(end=0, decode=lambda ids: "".join(texts[id] for id in ids))
+    found = senses.readable_tokens(pieces, len(texts))
+    assert [text for text, is_shown in zip(texts, found) if is_shown] == ["<end>", *shown]
 
 
 # ---- views
@@ -125,10 +154,28 @@ def test_views_fit_a_terminal(printed):
     who = printed("--who=nurse", "--top=9")
     scores = [float(line.split()[0]) for line in who.splitlines()]
     assert len(scores) == 9 and scores == sorted(scores, reverse=True)
+    assert printed("--who=nurse,king", "--top=9") == f"nurse\n{who}king\n{printed('--who=king', '--top=9')}"
     roles = printed("--roles", "--top=3")
     text = printed("--text=The nurse said that", "--target=he", "--against=she")
     shown = words + beside + similar + who + roles + text
     assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_many_words_beside_each_other(printed, r):
+    """On as many lines as they need, each with its own numbers."""
+    words = "nurse teacher doctor king music fan sport food that xylophone".split()
+    shown = printed(f"--word={','.join(words)}", "--sense=2", "--top=3")
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    first, *lines = shown.splitlines()
+    heads = [line.split() for line in lines if line.startswith("  ")]
+    assert heads == [words[:4], words[4:8], words[8:]]
+    numbers = [re.findall(r"\S+ (-?\d+\.\d)(?= |$)", line) for line in lines if line[0] == "+"]
+    readable = senses.readable_tokens(r.tokenizer, 330)
+    for i, word in enumerate(words):
+        C = senses.word_senses(r.model, r.tokenizer, word)[2]  # (D,)
+        scores = r.model.logits(C)[readable].sort(descending=True).values
+        column = [row[i % 4] for row in numbers[i // 4 * 3 :][:3]]
+        assert column == [f"{score:.1f}" for score in scores[:3]]
 
 
 def test_senses_stand_in_order_and_in_full(printed):
@@ -197,6 +244,76 @@ def test_pictures(printed, tmp_path):
     printed("--word=$x^$,<&>", "--sense=0", f"--plot={tmp_path / 'p.svg'}")
     svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
     assert ">$x^$, sense 0<" in svg and "&lt;&amp;&gt;, sense 0<" in svg
+
+
+def test_a_label_keeps_its_number(printed, tmp_path, monkeypatch):
+    monkeypatch.setattr(look, "token_text", lambda tokenizer, id: f"{id}{'x' * 30}")
+    shown = printed("--who=nurse", f"--plot={tmp_path / 'p.svg'}")
+    labels = re.findall(r"^ +\d+\.\d  (\d+x+\u2026, sense \d)$", shown, re.M)
+    assert len(labels) == 6
+    svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert re.findall(r">(\d+x.*)</text>", svg) == labels[::-1]
+
+
+CHINESE = "\u4e2d\u56fd"
+BARS = [("\u00b7\u0646\u0647\u0631, sense 13", 1.0), (f"{CHINESE}, sense 2", 0.5)]
+
+
+@pytest.fixture
+def only_font(monkeypatch):
+    """only_font(*paths): matplotlib has its own fonts, and on this machine there are just these."""
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    own = [font for font in manager.ttflist if "mpl-data" in font.fname]
+
+    def call(*paths):
+        monkeypatch.setattr(manager, "ttflist", list(own))
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(path) for path in paths])
+
+    return call
+
+
+def test_a_picture_says_which_characters_no_font_has(only_font, tmp_path, capsys):
+    only_font()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw.draw_bars(tmp_path / "p.png", CHINESE, [("who", BARS)])
+    said = capsys.readouterr().out
+    assert said.startswith(f"no font here has {CHINESE}: install one, such as Noto") and said.count("\n") == 2
+    draw.draw_bars(tmp_path / "q.png", "river", [("who", BARS[:1])])
+    assert "font" not in capsys.readouterr().out  # Arabic is in matplotlib's own
+
+
+def test_a_picture_takes_a_font_that_has_its_characters(only_font, tmp_path, capsys, caplog):
+    """Of a font that was installed after matplotlib made its list; a broken file beside it is passed over."""
+    builder = pytest.importorskip("fontTools.fontBuilder").FontBuilder(1000)
+    pen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    pen.lineTo((900, 0))
+    pen.lineTo((500, 800))
+    pen.closePath()
+    names = [".notdef", "triangle"]
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(character): "triangle" for character in CHINESE})
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Triangles", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "triangles.ttf")
+    (tmp_path / "broken.ttf").write_text("not a font")
+    only_font(tmp_path / "broken.ttf", tmp_path / "triangles.ttf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw.draw_bars(tmp_path / "p.svg", CHINESE, [("who", BARS)])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'p.svg'}\n"
+    assert caplog.text == ""  # it has no bold face
+    svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert f">{CHINESE}<" in svg and "sans-serif, 'Triangles'" in svg
+    # what stands beside a word that is read from the right keeps its place
+    assert ">\u2068\u00b7\u0646\u0647\u0631\u2069, sense 13<" in svg
 
 
 def test_the_picture_of_a_logit_adds_up(monkeypatch):

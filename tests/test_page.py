@@ -19,7 +19,7 @@ from configurator import configure
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse
 from lab.run import open_run
-from tokenizer import load_tokenizer
+from tokenizer import learn_bpe, load_tokenizer
 
 EDITS = [  # no topics, whose weights take half a minute for 16,384 tokens
     "",
@@ -144,6 +144,22 @@ def test_the_engine_is_any_model(small, small_page, tmp_path):
     edits.append("paper_swap D: B -> C; swap D: A -> B margin 2")
     strings = ["A BAD CAB", "D", "ABC DEF"] * 10
     assert_engine_is_model(small, small_page, tmp_path, strings, edits, ["A", "ABCDEFGHIJKL"])
+
+
+@torch.no_grad()
+def test_the_engine_keeps_marks_with_their_letters(small, tmp_path):
+    """Of a vocabulary that was learned here; the shipped one has the words of GPT-2."""
+    marked = "किताब كِتَابٌ e\u0301"
+    r = SimpleNamespace(**vars(small))
+    r.tokenizer = load_tokenizer(learn_bpe([f"{marked} {marked}"] * 3, 280))
+    r.base = tiny(torch.float16, vocab_size=280).float()
+    r.edits = []
+    r.model = r.base
+    html = tmp_path / "page.html"
+    html.write_text(lab.page.make_page(r, text=marked), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    strings = ["".join(rng.choice([*marked, *ODD], size=rng.integers(1, 30))) for _ in range(300)]
+    assert_engine_is_model(r, html, tmp_path, [*strings, *[marked] * 12], [""], [marked[:3]])
 
 
 # ---- the views

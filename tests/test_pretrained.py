@@ -12,7 +12,7 @@ import lab.edit
 import sample
 import train
 from configurator import UserError
-from lab import experiments, showpieces, unchosen
+from lab import experiments, look, showpieces, unchosen
 from lab.change import log_p, next_p, other_text
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse, read_edits
@@ -49,6 +49,19 @@ def test_it_is_small_and_samples(folder, capsys):
     assert re.search(r"The river [\w ,.]{20}", capsys.readouterr().out)
     with pytest.raises(UserError, match="weights"):  # which can be tuned, but not resumed
         train.main([f"--out_dir={folder}", "--init_from=resume", "--max_iters=99999", "--device=cpu"])
+
+
+def test_tools_name_an_edit_that_does_not_act(folder, capsys):
+    run = [f"--run={folder}", "--device=cpu", "--edit=scale Mozart all 0"]
+    says = "leaves Mozart alone without a space before it, as at the start of a text: there it is M|oz|art"
+    look.main([*run, "--text=Mozart was a"])
+    assert says in capsys.readouterr().out
+    sample.main([*run, "--start=Mozart was a", "--num_samples=1", "--max_new_tokens=1"])
+    assert says in capsys.readouterr().out
+    lab.edit.main(run)
+    assert says in capsys.readouterr().out
+    look.main([*run, "--text=The Mozart was a"])
+    assert "alone" not in capsys.readouterr().out
 
 
 def test_it_has_learned(r):

@@ -17,6 +17,7 @@ from tokenizer import (
     GPT2_SHA256,
     GPT2_SIZE,
     byte_characters,
+    cut_words,
     learn_bpe,
     load_tokenizer,
     pip_wheel,
@@ -31,8 +32,13 @@ STRANGE = [
     "\x00\x7f\x85\xa0",
     "مرحبا بالعالم",
     "a\u0301 combining accent",
+    "\u0643\u0650\u062a\u064e\u0627\u0628\u064c \u0915\u093f\u0924\u093e\u092c \u0301 1\u0301",
+    "\u2764\ufe0f 1\ufe0f\u20e3",
     "a <|endoftext|> in the text",
 ]
+# "book", with the vowels written as marks
+ARABIC = "\u0643\u0650\u062a\u064e\u0627\u0628\u064c"
+HINDI = "\u0915\u093f\u0924\u093e\u092c"
 ENGLISH = [f"The {i}th ship's captain said: {i * i} days, and {'z' * (i % 7)}." for i in range(300)]
 
 
@@ -131,8 +137,40 @@ def test_a_long_word_is_learned_in_parts():
     letters = "".join(random.Random(0).choices("acgt", k=600_000))
     word = " " + letters  # the space before a word belongs to it
     parts = [word[start : start + 1000] for start in range(0, len(word), 1000)]
-    found = learn_bpe([*ENGLISH, "The genome:" + word], 400)
-    assert found["model"] == train_by_hand([*ENGLISH, "The genome:", *parts], 400)
+    found = learn_bpe([*ENGLISH, "The genome:" + word], 400)["model"]["model"]
+    assert found == train_by_hand([*ENGLISH, "The genome:", *parts], 400)["model"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (f"{ARABIC} {HINDI}.", [ARABIC, f" {HINDI}", "."]),
+        ("e\u0301! e\u0301\u0323a", ["e\u0301", "!", " e\u0301\u0323a"]),
+        # without a letter before it, a mark is what GPT-2 takes it for
+        ("1\u0301 \u0301a \u2764\ufe0f!", ["1", "\u0301", " \u0301", "a", " \u2764\ufe0f!"]),
+        ("it's 12  x,\n\n", ["it", "'s", " 12", " ", " x", ",", "\n\n"]),
+    ],
+)
+def test_words_that_a_bpe_cuts(text, words):
+    """In the library; the ids of tiktoken are the library's."""
+    places = [place for _, place in cut_words().pre_tokenize_str(text)]
+    assert [text[start:end] for start, end in places] == words
+
+
+def test_marks_stay_with_their_letters(capsys):
+    """A word with marks becomes one token, which GPT-2's words cut; English is learned as with those."""
+    texts = [f"{HINDI} {ARABIC} {HINDI}"] * 4
+    found = load_tokenizer(learn_bpe(texts, 400))
+    assert [len(found.encode(f" {word}")) for word in (ARABIC, HINDI)] == [1, 1]
+    # no pair is left to learn
+    size = found.vocab_size
+    assert size < 400
+    said = f"the vocabulary has {size} tokens, not 400: with these, each word of the text is one token\n"
+    assert capsys.readouterr().out == said
+    old = load_tokenizer({"kind": "bpe", "model": train_by_hand(texts, 400)})
+    assert len(old.encode(f" {ARABIC}")) == 6  # k, i, t, a, ab, un
+    assert learn_bpe(ENGLISH, 500)["model"]["model"] == train_by_hand(ENGLISH, 500)["model"]
+    assert capsys.readouterr().out == ""
 
 
 def test_bytes_as_characters():
@@ -192,6 +230,10 @@ def test_words():
     message = "'at' is 2 tokens here, a t: this needs a word of one token"
     with pytest.raises(UserError, match=message):
         word_id(char, "at")
+    hint = r"""is \d tokens here, .*: "\u306e", with the double quotes, is one token$"""
+    with pytest.raises(UserError, match=hint):
+        word_id(gpt2, "\u306e")
+    assert word_ids(gpt2, '"\u306e"') == [word_id(gpt2, '"\u306e"')]
     for empty in ("", " "):
         with pytest.raises(UserError, match="is not a word"):
             word_ids(gpt2, empty)
