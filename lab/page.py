@@ -33,9 +33,8 @@ FOLDER = Path(__file__).parent
 LIMIT = 14_000_000  # bytes of a page
 TABLE_LIMIT = 5_000_000  # bytes of the words on a page of tables
 # the modules that the engine of page.html knows
-KNOWN_CLASSES = set(
-    "Backpack Block Dropout Embedding LayerNorm Linear MLP ModuleList Projection SelfAttention SenseNetwork".split()
-)
+KNOWN_CLASSES = {"Backpack", "Block", "SelfAttention", "MLP", "SenseNetwork", "Projection"}
+KNOWN_CLASSES |= {"ModuleList", "Embedding", "Linear", "LayerNorm", "Dropout"}
 
 
 def write_page(path, r, words, text):
