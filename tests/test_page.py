@@ -224,7 +224,7 @@ IN_VIEW = """places => {
 }"""
 SUBJECTS = [  # of each step of the guide, what it talks about
     ["#before"],
-    ["#sum", "#parts td[aria-label^='sense 13 of \u00b7Denver']"],  # the darkest cell
+    ["#sum", "#stack-rows"],
     ["#before", "#after"],
     ["#plain", "#changed"],
     ["#tour-list li", "#tour-list ul:last-child li"],
@@ -266,6 +266,8 @@ def test_the_guided_minute(opened, shipped_page, width, height, scheme):
     assert len(cells) == 96
     total = sum(round(100 * number) for cell in cells for number in numbers(cell))
     assert total == round(100 * numbers(view.inner_text("#sum"))[0])
+    darkest = view.locator("#parts td[aria-label^='sense 13 of \u00b7Denver']").bounding_box()
+    assert darkest["x"] >= 0 and darkest["x"] + darkest["width"] <= width
     view.click("#tour >> text=End")
     assert view.evaluate("getComputedStyle(document.getElementById('tour')).position") == "static"
     wide = "e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1"
