@@ -76,7 +76,7 @@ def why_tables(r):
         return "the page that runs a model doesn't know its GELU, which is exact"
     known = {ours for ours, _, _ in tensor_names("backpack-gpt2", config.n_layer, config.bias)}
     classes = {type(module).__name__ for module in r.base.modules()}
-    unknown = sorted(r.base.state_dict().keys() ^ known) + sorted(classes - KNOWN_CLASSES)
+    unknown = sorted(classes - KNOWN_CLASSES) + sorted(r.base.state_dict().keys() ^ known)
     if unknown:
         return f"the page that runs a model doesn't know all of this network: {', '.join(unknown[:5])}"
     return ""
@@ -156,7 +156,7 @@ def token_name(tokenizer, id):
     return token_text(tokenizer, id)
 
 
-def make_probes(r, text, edits, n_ids=64, size=40):
+def make_probes(r, text, edits, n_ids=64):
     """Logits of some tokens after each of three texts, which the engine of page.html has to compute, too.
 
     The texts: that with which the page begins, with the edits of the run; the same repeated, with edits;
@@ -164,14 +164,15 @@ def make_probes(r, text, edits, n_ids=64, size=40):
     is then of the network, and not of rounding.
     """
     V = r.base.config.vocab_size
-    size = min(size, r.base.config.block_size)
+    block_size = r.base.config.block_size
     base = copy.deepcopy(r.base).half().float()
-    first = text_ids(r, text, r.base.config.block_size)  # (T,)
+    first = text_ids(r, text, block_size)  # (T,)
+    longer = first.repeat(block_size)[: min(24, block_size)]  # few, as they cost time before one can begin
     generator = torch.Generator().manual_seed(0)
-    random = torch.randint(V, (size,), generator=generator).to(r.device)  # (size,)
+    random = torch.randint(V, (min(8, block_size),), generator=generator).to(r.device)
     ids = torch.arange(V)[:: math.ceil(V / n_ids)]  # (n,)
     probes = {"ids": ids.tolist(), "texts": []}
-    for idx, listed in ((first, r.edits), (first.repeat(size)[:size], edits), (random, [])):
+    for idx, listed in ((first, r.edits), (longer, edits), (random, [])):
         model = EditedBackpack(base, make_edits(base, r.tokenizer, listed))
         logits = model(idx[None])[0][0, -1, ids]  # (n,)
         text = {"idx": idx.tolist(), "edits": listed, "logits": rounded(logits, 5)}
