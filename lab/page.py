@@ -25,7 +25,7 @@ from lab.control import MARGIN, STRENGTHS, EditedBackpack, quiet_inverse, sense_
 from lab.edits import make_edits, peaks_progress, summary
 from lab.files import read_json, read_text, write_text
 from lab.layouts import tensor_names
-from lab.senses import attribution, loudest, readable_tokens, says, text_ids, word_senses
+from lab.senses import attribution, has_letters, loudest, readable_tokens, says, text_ids, word_senses
 from lab.words import token_string, token_text, word_ids
 from tokenizer import byte_characters, keeps_marks
 
@@ -96,6 +96,11 @@ def with_data(html, data):
     return html.replace("/*DATA*/null", text.replace("<", "\\u003c"))
 
 
+def bits(values):
+    """True and False of each token as a string of 1 and 0."""
+    return "".join("1" if value else "0" for value in values)
+
+
 def rounded(tensor, digits):
     """A tensor as lists of rounded numbers."""
     return tensor.double().cpu().numpy().round(digits).tolist()
@@ -125,7 +130,8 @@ def page_data(r, words, text):
         "kind": r.tokenizer.spec["kind"],
         "keeps_marks": keeps_marks(r.tokenizer.spec),
         "tokens": token_names(r.tokenizer),
-        "shown": "".join(str(int(shown)) for shown in readable_tokens(r.tokenizer, config.vocab_size)),
+        "shown": bits(readable_tokens(r.tokenizer, config.vocab_size)),
+        "lettered": bits(has_letters(r.tokenizer, i) for i in range(config.vocab_size)),
         "end": r.tokenizer.end,
         "run": str(r.path),
         "about": f"{r.path}: {sizes}, step {r.ckpt['step']}.",

@@ -20,6 +20,7 @@ import lab.page
 import model as model_file
 import sample
 from configurator import configure
+from lab import senses
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse
 from lab.run import open_run
@@ -41,7 +42,7 @@ const [html, cases, found] = process.argv.slice(2);
 const page = fs.readFileSync(html, "utf8");
 const script = id => page.split(`id="${id}">`)[1].split("</script>")[0];
 const code = script("engine") + script("worker");
-const lab = new Function(code + "; return {methods, engine: () => engine};")();
+const lab = new Function(code + "; return {methods, says, engine: () => engine};")();
 (async () => {
   const data = JSON.parse(script("data"));
   const packed = ["weights", "peaks", "inverse"].map(id => script(id).trim());
@@ -56,7 +57,8 @@ const lab = new Function(code + "; return {methods, engine: () => engine};")();
     const o = engine.output(engine.read(ids), ids.length - 1, await engine.compile(edits));
     logits.push(Array.from(engine.logits(o)));
   }
-  fs.writeFileSync(found, JSON.stringify({isSame, ids, decoded, greedy, logits}));
+  const said = lab.says(engine.sense(texts[0].ids[0], 0), 10);
+  fs.writeFileSync(found, JSON.stringify({isSame, ids, decoded, greedy, logits, said}));
 })();
 """
 
@@ -130,6 +132,12 @@ def assert_engine_is_model(r, html, folder, strings, edits, prompts):
     assert found["decoded"] == [r.tokenizer.decode(each) for each in ids]
     for have, want in zip(found["logits"], logits):
         assert torch.allclose(torch.tensor(have), want, atol=1e-3)
+    C = r.base.senses(torch.tensor(texts[0]["ids"][:1]))[0]  # (K,D)
+    shown = senses.readable_tokens(r.tokenizer, r.base.config.vocab_size)
+    high, _ = senses.says(r.base, C, 10, shown)  # (K,n)
+    assert [said["id"] for said in found["said"]["high"]] == high.indices[0].tolist()
+    alike = senses.coherence(r.base, r.tokenizer, high.indices)  # (K,)
+    assert found["said"]["alike"] == pytest.approx(alike[0].item(), abs=1e-5)
     for prompt, have in zip(prompts, found["greedy"]):
         assert have == r.base.generate(torch.tensor([prompt]), 20, temperature=0)[0].tolist()
 
@@ -483,6 +491,21 @@ def test_a_sum_that_is_not_the_logit_is_not_called_exact(opened, small, tmp_path
     path.write_text(lab.page.make_table_page(r, ["A"], "A BAD CAB", "a reason"), encoding="utf-8")
     view = opened(path)
     assert "is NOT the sum" in view.inner_text("#why") and "tables only: a reason" in view.inner_text("main")
+
+
+def test_a_text_from_right_to_left(opened, small, tmp_path):
+    """Its tokens stand in its order, and a name among English words keeps its own."""
+    r = SimpleNamespace(**vars(small))
+    r.base = tiny(torch.float16, vocab_size=27).float()
+    r.tokenizer = load_tokenizer({"kind": "char", "chars": "".join(map(chr, range(0x5D0, 0x5EB)))})
+    r.edits = []
+    r.model = r.base
+    path = tmp_path / "page.html"
+    path.write_text(lab.page.make_page(r, text="\u05d0\u05d1\u05d2"), encoding="utf-8")
+    view = opened(path)
+    x = [button.bounding_box()["x"] for button in view.locator("#tokens button").all()]
+    assert x[0] > x[1] > x[2]
+    assert view.locator("#sum bdi").inner_text() in r.tokenizer.spec["chars"]
 
 
 class Renamed(torch.nn.LayerNorm):
