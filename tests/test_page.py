@@ -252,6 +252,12 @@ def test_the_guided_minute(opened, shipped_page, width, height, scheme):
     assert first["before"] == view.inner_text("#before") and first["sum"] == view.inner_text("#sum")
     assert np.allclose(numbers(first["parts"]), numbers(view.inner_text("#parts")), atol=0.011)
 
+    # in print there is no heading of nothing
+    view.emulate_media(media="print")
+    headings = view.locator("h2:visible, h3:visible").all_inner_texts()
+    assert headings == ["Text", "Next token", view.inner_text("#sum")]
+    view.emulate_media(media="screen")
+
     tour = json.loads((ROOT / "lab/tour.json").read_text())
     old = tour["edit"]["from"]
     new = tour["edit"]["to"]
@@ -366,6 +372,19 @@ def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
     assert "topic A,B 2" in again.inner_text("#edits")
 
 
+BROKEN = [  # fragments that are no state of the page
+    "undefined",
+    "%",
+    "null",
+    '{"text": 1, "edits": []}',
+    '{"text": "A"}',
+    '{"text": "A", "edits": {}}',
+    '{"text": "A", "edits": [], "targets": ["constructor"]}',
+    '{"text": "A", "edits": [], "targets": [9999]}',
+    '{"text": "A", "edits": [], "at": -1}',
+]
+
+
 def test_a_link_of_anybody(opened, small_page):
     """Edits that this model can't do are left out, one by one; what is no state of the page, as a whole."""
     edits = [
@@ -406,17 +425,7 @@ def test_a_link_of_anybody(opened, small_page):
     assert view.locator("#tokens button").all_inner_texts() == ["D", "A", "B"]
     assert view.locator("#before .bar").count() == 8
 
-    for fragment in (
-        "undefined",
-        "%",
-        "null",
-        json.dumps({"text": 1, "edits": []}),
-        json.dumps({"text": "A"}),
-        json.dumps({"text": "A", "edits": {}}),
-        json.dumps({"text": "A", "edits": [], "targets": ["constructor"]}),
-        json.dumps({"text": "A", "edits": [], "targets": [9999]}),
-        json.dumps({"text": "A", "edits": [], "at": -1}),
-    ):
+    for fragment in BROKEN:
         view.evaluate("document.getElementById('link-error').replaceChildren()")
         view.evaluate("fragment => { location.hash = fragment; }", fragment)
         wait_for(view, "link-error", "is broken, or was cut")
