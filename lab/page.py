@@ -2,13 +2,16 @@
 The page of `python -m lab.look --html=FILE`: the model itself, to look into and to edit in a browser.
 
 It is page.html with data: the weights in half precision, the tokenizer, a finished first example, and the
-guided minute of tour.json, if this model does what that says. A run whose page would have more than LIMIT
-bytes, or whose tokenizer or GELU the page does not know, gets a page of tables, report.html: of frequent
-words and one text.
+guided minute of tour.json, if this model does what that says. The engine in page.html is the network written
+a second time, so it has to prove itself: the page carries logits of three texts, and shows nothing that it
+computed unless it computes these. A run whose page would have more than LIMIT bytes, or whose network or
+tokenizer the engine doesn't know, gets a page of tables, report.html: of frequent words and one text.
 """
 
 import base64
+import copy
 import json
+import math
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -21,13 +24,17 @@ from lab.change import next_p
 from lab.control import MARGIN, STRENGTHS, EditedBackpack, quiet_inverse, sense_peaks
 from lab.edits import make_edits, peaks_progress, summary
 from lab.files import read_json, read_text, write_text
-from lab.senses import attribution, loudest, readable_tokens, says, text_ids, word_senses
+from lab.layouts import tensor_names
+from lab.senses import attribution, has_letters, loudest, readable_tokens, says, text_ids, word_senses
 from lab.words import token_string, token_text, word_ids
 from tokenizer import byte_characters, keeps_marks
 
 FOLDER = Path(__file__).parent
 LIMIT = 14_000_000  # bytes of a page
 TABLE_LIMIT = 5_000_000  # bytes of the words on a page of tables
+# the modules that the engine of page.html knows
+KNOWN_CLASSES = {"Backpack", "Block", "SelfAttention", "MLP", "SenseNetwork", "Projection"}
+KNOWN_CLASSES |= {"ModuleList", "Embedding", "Linear", "LayerNorm", "Dropout"}
 
 
 def write_page(path, r, words, text):
@@ -39,11 +46,10 @@ def write_page(path, r, words, text):
 @torch.no_grad()
 def make_page(r, words=(), text=""):
     """The HTML that write_page writes."""
+    why = why_tables(r)
+    if why:
+        return make_table_page(r, words, text, why)
     weights = [p.half().cpu().numpy().ravel() for p in r.base.state_dict().values()]
-    too_large = sum(w.nbytes for w in weights) > LIMIT  # base64 adds a third, zlib takes less off
-    unknown = r.tokenizer.spec["kind"] == "library" or r.base.config.exact_gelu
-    if too_large or unknown:
-        return make_table_page(r, words, text)
     peaks = sense_peaks(r.base, peaks_progress).cpu().numpy()  # (V,K)
     html = read_text(FOLDER / "page.html")
     html = html.replace("/*WEIGHTS*/", packed(np.concatenate(weights)))
@@ -52,8 +58,28 @@ def make_page(r, words=(), text=""):
     html = html.replace("/*INVERSE*/", packed(inverse.cpu().contiguous().numpy()))
     html = with_data(html, page_data(r, words, text))
     if len(html.encode()) > LIMIT:
-        return make_table_page(r, words, text)
+        return make_table_page(r, words, text, TOO_LARGE)
     return html
+
+
+TOO_LARGE = "the model is too large to be part of a page"
+
+
+def why_tables(r):
+    """Why a run gets a page of tables; "" if page.html can have the model in it."""
+    config = r.base.config
+    if 2 * r.base.num_params() > LIMIT:  # base64 adds a third, zlib takes less off
+        return TOO_LARGE
+    if r.tokenizer.spec["kind"] == "library":
+        return "the page that runs a model doesn't know its tokenizer"
+    if config.exact_gelu:
+        return "the page that runs a model doesn't know its GELU, which is exact"
+    known = {ours for ours, _, _ in tensor_names("backpack-gpt2", config.n_layer, config.bias)}
+    classes = {type(module).__name__ for module in r.base.modules()}
+    unknown = sorted(classes - KNOWN_CLASSES) + sorted(r.base.state_dict().keys() ^ known)
+    if unknown:
+        return f"the page that runs a model doesn't know all of this network: {', '.join(unknown[:5])}"
+    return ""
 
 
 def packed(array):
@@ -68,6 +94,11 @@ def with_data(html, data):
     text = json.dumps(data, separators=(",", ":"))
     # HTML reads the data first: without a < nothing in it can end the script or open another
     return html.replace("/*DATA*/null", text.replace("<", "\\u003c"))
+
+
+def bits(values):
+    """True and False of each token as a string of 1 and 0."""
+    return "".join("1" if value else "0" for value in values)
 
 
 def rounded(tensor, digits):
@@ -99,11 +130,14 @@ def page_data(r, words, text):
         "kind": r.tokenizer.spec["kind"],
         "keeps_marks": keeps_marks(r.tokenizer.spec),
         "tokens": token_names(r.tokenizer),
+        "shown": bits(readable_tokens(r.tokenizer, config.vocab_size)),
+        "lettered": bits(has_letters(r.tokenizer, i) for i in range(config.vocab_size)),
         "end": r.tokenizer.end,
         "run": str(r.path),
         "about": f"{r.path}: {sizes}, step {r.ckpt['step']}.",
         "words": ",".join(words),
         "first": {"text": text, "edits": r.edits, "look": first_look(r, text)},
+        "probes": make_probes(r, text, [tour["edit"]] if tour else []),
         "tour": tour,
     }
 
@@ -121,23 +155,56 @@ def token_names(tokenizer):
     return names
 
 
+def token_name(tokenizer, id):
+    """A token as the page prints it."""
+    if id == tokenizer.end:
+        return "end of text"
+    return token_text(tokenizer, id)
+
+
+def make_probes(r, text, edits, n_ids=64):
+    """Logits of some tokens after each of three texts, which the engine of page.html has to compute, too.
+
+    The texts: that with which the page begins, with the edits of the run; the same repeated, with edits;
+    and random tokens. As the page has its weights in half precision, so has the model here: what differs
+    is then of the network, and not of rounding.
+    """
+    V = r.base.config.vocab_size
+    block_size = r.base.config.block_size
+    base = copy.deepcopy(r.base).half().float()
+    first = text_ids(r, text, block_size)  # (T,)
+    longer = first.repeat(block_size)[: min(24, block_size)]  # few, as they cost time before one can begin
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(V, (min(8, block_size),), generator=generator).to(r.device)
+    ids = torch.arange(V)[:: math.ceil(V / n_ids)]  # (n,)
+    probes = {"ids": ids.tolist(), "texts": []}
+    for idx, listed in ((first, r.edits), (longer, edits), (random, [])):
+        model = EditedBackpack(base, make_edits(base, r.tokenizer, listed))
+        logits = model(idx[None])[0][0, -1, ids]  # (n,)
+        text = {"idx": idx.tolist(), "edits": listed, "logits": rounded(logits, 5)}
+        probes["texts"].append(text)
+    return probes
+
+
 def first_look(r, text, n=8):
     """What page.html shows of a text before the weights are unpacked: what its worker's look() says."""
     idx = text_ids(r, text, r.model.config.block_size)  # (T,)
-    p = next_p(r.model, idx)  # (V,)
+    logits = r.model(idx[None])[0][0, -1]  # (V,)
+    p = logits.softmax(-1)  # (V,)
     before = next_p(r.base, idx)  # (V,)
     y = p.argmax().item()
     alpha, parts = attribution(r.model, idx, r.model.wte.weight[y])  # (T,K) each
     edited = r.model.edits.row[idx] > 0 if r.edits else torch.zeros_like(idx, dtype=torch.bool)
     return {
-        "tokens": [token_text(r.tokenizer, i) for i in idx.tolist()],
+        "tokens": [token_name(r.tokenizer, i) for i in idx.tolist()],
         "ids": idx.tolist(),
         "at": len(idx) - 1,
         "before": likeliest(r, before, n),
         "after": likeliest(r, p, n) if r.edits else None,
         "y": y,
         "K": r.model.config.n_sense,
-        "names": [token_text(r.tokenizer, y), None],
+        "logit": logits[y].item(),
+        "names": [token_name(r.tokenizer, y), None],
         "changed": edited.tolist(),
         "alpha": rounded(alpha.flatten(), 4),
         "parts": rounded(parts.flatten(), 5),
@@ -150,7 +217,7 @@ def loud_names(r, idx, parts):
     shown = readable_tokens(r.tokenizer, r.model.config.vocab_size).to(r.device)
     names = []
     for j, l, ids in loudest(r.model, idx, parts, 12, shown):
-        names.append([j, l, [token_text(r.tokenizer, i) for i in ids]])
+        names.append([j, l, [token_name(r.tokenizer, i) for i in ids]])
     return names
 
 
@@ -159,7 +226,7 @@ def likeliest(r, p, n):
     values, ids = p.topk(min(n, len(p)))
     tokens = []
     for value, id in zip(values.tolist(), ids.tolist()):
-        tokens.append({"id": id, "token": token_text(r.tokenizer, id), "p": round(value, 5)})
+        tokens.append({"id": id, "token": token_name(r.tokenizer, id), "p": round(value, 5)})
     return tokens
 
 
@@ -209,8 +276,8 @@ def is_said_by_word(r, text, edit, **_):
 
 
 @torch.no_grad()
-def make_table_page(r, words, text):
-    """report.html: what words say, and the attribution of a text at each position.
+def make_table_page(r, words, text, why):
+    """report.html: what words say, and the attribution of a text at each position; why: see why_tables.
 
     Words: those asked for, then all tokens in the order in which a BPE learned them, so frequent ones
     first, until they have TABLE_LIMIT bytes.
@@ -222,7 +289,8 @@ def make_table_page(r, words, text):
         title += f" with {summary(r.edits)}"
     data = {
         "title": title,
-        "tokens": [token_text(r.tokenizer, i) for i in range(len(tokens))],
+        "why": why,
+        "tokens": [token_name(r.tokenizer, i) for i in range(len(tokens))],
         "asked": words,
         "text": table_of_text(r, text) if text else None,
         "words": {},
@@ -246,9 +314,10 @@ def table_of_word(r, word, n=8):
 def table_of_text(r, text, n=8):
     """Of each position of a text: the likeliest next tokens, and the parts of their logits."""
     idx = text_ids(r, text, min(64, r.model.config.block_size))  # (T,)
-    probs = r.model(idx[None])[0][0].softmax(-1)  # (T,V)
+    logits = r.model(idx[None])[0][0]  # (T,V)
+    is_sum = True
     steps = []
-    for i, p in enumerate(probs, 1):
+    for i, p in enumerate(logits.softmax(-1), 1):
         ids = p.topk(min(n, len(p))).indices.tolist()
         if i < len(idx) and idx[i].item() not in ids:
             ids.append(idx[i].item())  # what the text goes on with
@@ -261,4 +330,6 @@ def table_of_text(r, text, n=8):
                 "parts": rounded(parts, 2),
             }
         )
-    return {"ids": idx.tolist(), "steps": steps}
+        gap = (parts.sum((1, 2)) - logits[i - 1, ids]).abs()  # (n,)
+        is_sum = is_sum and bool((gap <= 1e-4 * parts.abs().sum((1, 2))).all())
+    return {"ids": idx.tolist(), "steps": steps, "is_sum": is_sum}

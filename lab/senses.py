@@ -80,17 +80,20 @@ def directions(model):
     return F.normalize(E - E.mean(0), dim=-1)
 
 
+def has_letters(tokenizer, id):
+    """Whether a token has three letters; one is enough in a script without spaces, where it may be a word."""
+    text = token_string(tokenizer, id)
+    least = 1 if is_unspaced(text) else 3
+    return len(re.findall(r"[^\W\d_]", text)) >= least
+
+
 def coherence(model, tokenizer, top):
     """How alike the tokens top (K,n) are that each sense says, so how readable it is: (K,).
 
-    The mean product of two of their directions. A token of fewer than three letters is like no other,
-    unless its script has no spaces: there one letter may be a word.
+    The mean product of two of their directions. A token of few letters (see has_letters) is like no other.
     """
     n = top.size(1)
-    texts = [token_string(tokenizer, i) for i in top.flatten().tolist()]
-    n_letters = [len(re.findall(r"[^\W\d_]", text)) for text in texts]
-    least = [1 if is_unspaced(text) else 3 for text in texts]
-    is_word = torch.tensor(n_letters) >= torch.tensor(least)  # (K*n,)
+    is_word = torch.tensor([has_letters(tokenizer, i) for i in top.flatten().tolist()])  # (K*n,)
     is_word = is_word.view(-1, n).to(top.device)  # (K,n)
     e = directions(model)[top]  # (K,n,D)
     e = e * is_word[..., None]

@@ -367,7 +367,7 @@ def test_bad_settings(printed, args, message):
 
 def test_the_table_page_holds_the_models_numbers(r):
     text = "The nurse said that"
-    html = page.make_table_page(r, ["nurse", "xylophone"], text)
+    html = page.make_table_page(r, ["nurse", "xylophone"], text, "it is a test")
     data = json.loads(re.search(DATA, html)[1])
     assert list(data["words"])[:2] == data["asked"] == ["nurse", "xylophone"]
     assert len(data["words"]) > 50

@@ -1,21 +1,26 @@
-"""The page of lab.look --html: its engine against model.py in Node, and its views in a headless Chromium."""
+"""The page of lab.look --html: its engine against model.py in Node, its views in three browsers."""
 
+import copy
 import json
 import re
 import shlex
 import shutil
 import subprocess
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
+from browsers import Firefox, WebKit
 from conftest import ROOT
 from test_control import tiny
 
 import lab.page
+import model as model_file
 import sample
 from configurator import configure
+from lab import senses
 from lab.control import EditedBackpack
 from lab.edits import make_edits, parse
 from lab.run import open_run
@@ -37,10 +42,11 @@ const [html, cases, found] = process.argv.slice(2);
 const page = fs.readFileSync(html, "utf8");
 const script = id => page.split(`id="${id}">`)[1].split("</script>")[0];
 const code = script("engine") + script("worker");
-const lab = new Function(code + "; return {methods, engine: () => engine};")();
+const lab = new Function(code + "; return {methods, says, engine: () => engine};")();
 (async () => {
   const data = JSON.parse(script("data"));
-  await lab.methods.load(data, ...["weights", "peaks", "inverse"].map(id => script(id).trim()));
+  const packed = ["weights", "peaks", "inverse"].map(id => script(id).trim());
+  const isSame = await lab.methods.load(data, ...packed);
   const engine = lab.engine();
   const {strings, texts, prompts} = JSON.parse(fs.readFileSync(cases));
   const ids = strings.map(text => engine.tokenizer.encode(text));
@@ -51,7 +57,8 @@ const lab = new Function(code + "; return {methods, engine: () => engine};")();
     const o = engine.output(engine.read(ids), ids.length - 1, await engine.compile(edits));
     logits.push(Array.from(engine.logits(o)));
   }
-  fs.writeFileSync(found, JSON.stringify({ids, decoded, greedy, logits}));
+  const said = lab.says(engine.sense(texts[0].ids[0], 0), 10);
+  fs.writeFileSync(found, JSON.stringify({isSame, ids, decoded, greedy, logits, said}));
 })();
 """
 
@@ -119,11 +126,18 @@ def assert_engine_is_model(r, html, folder, strings, edits, prompts):
     subprocess.run(["node", *files], cwd=folder, check=True, timeout=600)
     found = json.loads((folder / "found.json").read_text())
 
+    assert found["isSame"]
     ids = [r.tokenizer.encode(text).tolist() for text in strings]
     assert found["ids"] == ids
     assert found["decoded"] == [r.tokenizer.decode(each) for each in ids]
     for have, want in zip(found["logits"], logits):
         assert torch.allclose(torch.tensor(have), want, atol=1e-3)
+    C = r.base.senses(torch.tensor(texts[0]["ids"][:1]))[0]  # (K,D)
+    shown = senses.readable_tokens(r.tokenizer, r.base.config.vocab_size)
+    high, _ = senses.says(r.base, C, 10, shown)  # (K,n)
+    assert [said["id"] for said in found["said"]["high"]] == high.indices[0].tolist()
+    alike = senses.coherence(r.base, r.tokenizer, high.indices)  # (K,)
+    assert found["said"]["alike"] == pytest.approx(alike[0].item(), abs=1e-5)
     for prompt, have in zip(prompts, found["greedy"]):
         assert have == r.base.generate(torch.tensor([prompt]), 20, temperature=0)[0].tolist()
 
@@ -179,11 +193,15 @@ def chromium():
 
 @pytest.fixture
 def opened(chromium):
-    """opened(path, width, fragment) -> the page; what it reports or asks of a network fails the test."""
+    """opened(path, width, height, fragment) -> the page; what it reports or asks of a network is a failure.
+
+    first: a script that runs before the page's own.
+    """
     problems = []
 
-    def call(path, width=1280, fragment="", **options):
-        view = chromium.new_page(viewport={"width": width, "height": 900}, **options)
+    def call(path, width=1280, height=900, fragment="", first="", **options):
+        view = chromium.new_page(viewport={"width": width, "height": height}, **options)
+        view.add_init_script(first)
         view.on("console", lambda message: problems.append(message.text))
         view.on("pageerror", lambda error: problems.append(str(error)))
         view.on("request", lambda request: problems.append(request.url))
@@ -203,9 +221,28 @@ def numbers(text):
     return [float(x.replace("\u2212", "-")) for x in re.findall(r"[-+\u2212]\d+\.\d+", text)]
 
 
-@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
-def test_the_guided_minute(opened, shipped_page, width, scheme):
-    view = opened(shipped_page, width, color_scheme=scheme)
+IN_VIEW = """places => {
+  const guide = document.getElementById("tour").getBoundingClientRect();
+  const isInView = place => {
+    const box = document.querySelector(place).getBoundingClientRect();
+    const top = place.startsWith("#tour ") ? 0 : guide.bottom;
+    return box.left >= 0 && box.right <= innerWidth && box.top >= top && box.bottom <= innerHeight;
+  };
+  return places.every(isInView);
+}"""
+SUBJECTS = [  # of each step of the guide, what it talks about
+    ["#before"],
+    ["#sum", "#stack-rows"],
+    ["#before", "#after"],
+    ["#plain", "#changed"],
+    ["#tour-list li", "#tour-list ul:last-child li"],
+]
+
+
+@pytest.mark.parametrize("width, height, scheme", [(1280, 900, "light"), (390, 844, "dark")])
+def test_the_guided_minute(opened, shipped_page, width, height, scheme):
+    """The guide is true; its text, its button and what it talks about are in view in each step."""
+    view = opened(shipped_page, width, height, color_scheme=scheme, reduced_motion="reduce")
     # the first picture is there before the model, and the engine draws the same
     view.wait_for_selector("#parts td")
     first = {id: view.inner_text(f"#{id}") for id in ("before", "sum", "parts")}
@@ -215,17 +252,26 @@ def test_the_guided_minute(opened, shipped_page, width, scheme):
     assert first["before"] == view.inner_text("#before") and first["sum"] == view.inner_text("#sum")
     assert np.allclose(numbers(first["parts"]), numbers(view.inner_text("#parts")), atol=0.011)
 
+    # in print there is no heading of nothing
+    view.emulate_media(media="print")
+    headings = view.locator("h2:visible, h3:visible").all_inner_texts()
+    assert headings == ["Text", "Next token", view.inner_text("#sum")]
+    view.emulate_media(media="screen")
+
     tour = json.loads((ROOT / "lab/tour.json").read_text())
     old = tour["edit"]["from"]
     new = tour["edit"]["to"]
-    for step in range(1, 6):
-        view.click("#tour button.main")
+    view.focus("#tour button.main")
+    for step, places in enumerate(SUBJECTS, 1):
+        view.keyboard.press("Enter")
         wait_for(view, "tour", f"Step {step} of 5")
         if step == 4:
-            wait_for(view, "generate", "Continue the text")
-            assert view.inner_text("#plain").startswith(f"{tour['text']} {old}")
-            assert view.inner_text("#changed").startswith(f"{tour['text']} {new}")
-    view.wait_for_selector("#tour-list li:last-child")
+            wait_for(view, "plain", f"{tour['text']} {old}")
+            wait_for(view, "changed", f"{tour['text']} {new}")
+        if step == 5:
+            view.wait_for_selector("#tour-list li")
+        assert view.evaluate("document.activeElement.className") == "main"
+        view.wait_for_function(IN_VIEW, arg=["#tour p", "#tour button.main", *places])
     lines = view.inner_text("#tour-list").split("\n")
     assert sum("unchanged" in line for line in lines) == len(tour["without"])
     assert sum(f"{old} " in line for line in lines) >= len(tour["others"]) >= 10
@@ -234,6 +280,10 @@ def test_the_guided_minute(opened, shipped_page, width, scheme):
     assert len(cells) == 96
     total = sum(round(100 * number) for cell in cells for number in numbers(cell))
     assert total == round(100 * numbers(view.inner_text("#sum"))[0])
+    darkest = view.locator("#parts td[aria-label^='sense 13 of \u00b7Denver']").bounding_box()
+    assert darkest["x"] >= 0 and darkest["x"] + darkest["width"] <= width
+    view.click("#tour >> text=End")
+    assert view.evaluate("getComputedStyle(document.getElementById('tour')).position") == "static"
     wide = "e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1"
     assert view.evaluate(f"[...document.querySelectorAll('body *')].filter({wide}).length") == 0
     view.fill("#text", "He was born in Denver, but his family moved to Boston, where he went to school and")
@@ -275,7 +325,7 @@ def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
         wait_for(view, "edits", f"{kind} {values[0]}")
     view.evaluate("navigator.clipboard.writeText = text => { window.copied = text; }")
     copied = {}
-    for kind, start in (("command", "python"), ("json", "["), ("link", "file:")):
+    for kind, start in (("command", "python"), ("json", "["), ("link", "#")):
         view.click(f"#copy-{kind}")
         view.wait_for_function(f"window.copied?.startsWith('{start}')")
         copied[kind] = view.evaluate("copied")
@@ -284,7 +334,9 @@ def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
     assert (python, name, values.start) == ("python", "sample.py", text)
     assert json.loads(copied["json"]) == parse(values.edit) and len(parse(values.edit)) == 4
 
-    again = opened(small_page, fragment="#" + copied["link"].partition("#")[2])
+    assert "the address of this page" in view.inner_text("#copied")
+
+    again = opened(small_page, fragment=copied["link"])
     wait_for(again, "ready", "Ready")
     again.wait_for_function("document.getElementById('text').value.includes('5$')")
     wait_for(again, "sum", "with your changes")
@@ -318,15 +370,75 @@ def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
         again.evaluate(drop, foreign)
         wait_for(again, "error", said)
     assert "topic A,B 2" in again.inner_text("#edits")
-    for state, said in (
-        ({"text": "A", "edits": [{"edit": "constructor"}]}, "one of scale"),
-        ({"text": "A", "edits": [{"edit": "swap", "word": "A", "from": {}, "to": "B"}]}, "from is {}"),
-        ({"text": 1, "edits": []}, "it has no text"),
-        ({"text": "A", "edits": [], "targets": ["constructor"]}, "it has no tokens"),
+
+
+BROKEN = [  # fragments that are no state of the page
+    "undefined",
+    "%",
+    "null",
+    '{"text": 1, "edits": []}',
+    '{"text": "A"}',
+    '{"text": "A", "edits": {}}',
+    '{"text": "A", "edits": [], "targets": ["constructor"]}',
+    '{"text": "A", "edits": [], "targets": [9999]}',
+    '{"text": "A", "edits": [], "at": -1}',
+]
+
+
+def test_a_link_of_anybody(opened, small_page):
+    """Edits that this model can't do are left out, one by one; what is no state of the page, as a whole."""
+    edits = [
+        {"edit": "scale", "word": "A", "sense": 1, "factor": 0.5},
+        {"edit": "scale", "word": "ABC", "sense": 1, "factor": 1},
+        {"edit": "scale", "word": "\u20ac", "sense": 1, "factor": 1},
+        {"edit": "scale", "word": "A", "sense": 77, "factor": 1},
+        {"edit": "replace", "word": "A", "sense": 1, "vector": [1]},
+        {"edit": "swap", "word": "A", "from": {}, "to": "B"},
+        {"edit": "constructor"},
+        None,
+        {"edit": "swap", "word": "A", "from": "B", "to": "C", "margin": 2},
+    ]
+    state = {"text": "DAB", "edits": edits}
+    link = "#" + quote(json.dumps(state))
+    without_model = opened(small_page, fragment=link, first="Worker = class { postMessage() {} }")
+    assert without_model.input_value("#text") == "DAB"
+    assert without_model.locator("#before .bar").count() == 0  # nor those of the first text
+    view = opened(small_page, fragment=link)
+    wait_for(view, "edits", "swap A: B -> C margin 2")
+    wait_for(view, "sum", "with your changes")
+    left_out = view.inner_text("#link-error").split("\n")
+    for line, said in zip(
+        left_out,
+        (
+            "scale ABC 1 1 of this link is left out: ABC is 3 tokens here",
+            "the character \u20ac is not in",
+            "expected 0 to 3",
+            "replace A 1 by a vector of this link is left out: a vector of 1 numbers: expected 16",
+            "An edit of this link is left out: from is {}, expected text",
+            'expected an "edit" that is one of scale, swap',
+            'expected an "edit" that is one of scale, swap',
+        ),
+        strict=True,
     ):
-        again.evaluate("state => { location.hash = encodeURIComponent(JSON.stringify(state)); }", state)
-        wait_for(again, "error", said)
-    assert "topic A,B 2" in again.inner_text("#edits")
+        assert said in line
+    assert view.locator("#edits .edit").count() == 2
+    assert view.locator("#tokens button").all_inner_texts() == ["D", "A", "B"]
+    assert view.locator("#before .bar").count() == 8
+
+    for fragment in BROKEN:
+        view.evaluate("document.getElementById('link-error').replaceChildren()")
+        view.evaluate("fragment => { location.hash = fragment; }", fragment)
+        wait_for(view, "link-error", "is broken, or was cut")
+        assert view.locator("#edits .edit").count() == 2
+        assert "undefined" not in view.inner_text("main")
+    # a text with a character that isn't in the vocabulary: no other text's bars
+    state = {"text": "A\u20ac", "edits": []}
+    view.evaluate("state => { location.hash = encodeURIComponent(JSON.stringify(state)); }", state)
+    wait_for(view, "text-error", "is not in this vocabulary")
+    assert view.locator("#before .bar, #parts td, #tokens button").count() == 0
+    view.fill("#text", "A")
+    view.wait_for_selector("#before .bar")
+    assert view.inner_text("#text-error") == ""
 
 
 def test_words_and_the_keyboard(opened, small, small_page):
@@ -359,17 +471,101 @@ def test_words_and_the_keyboard(opened, small, small_page):
     assert view.evaluate("document.activeElement.classList.contains('bar')")
 
 
-def test_the_network_of_a_fork_is_not_taken_for_this_one(opened, small, tmp_path):
-    """The engine knows nothing of a scale on alpha: the page stays with what Python computed, and says so."""
-
-    class Fork(type(small.model)):
-        def contextualization(self, idx):
-            return 0.5 * super().contextualization(idx)
-
-    fork = SimpleNamespace(**vars(small))
-    fork.model = Fork(small.base, small.model.edits)
+def test_the_network_of_a_fork_is_not_taken_for_this_one(opened, small, tmp_path, monkeypatch):
+    """The engine knows nothing of a gate on alpha: the page stays with what Python computed, and says so."""
+    own = model_file.contextualize
+    monkeypatch.setattr(model_file, "contextualize", lambda q, k: 0.5 * own(q, k))
     path = tmp_path / "page.html"
-    path.write_text(lab.page.make_page(fork, text="A BAD CAB"), encoding="utf-8")
+    path.write_text(lab.page.make_page(small, text="A BAD CAB"), encoding="utf-8")
+    state = quote(json.dumps({"text": "CAB", "edits": []}))
+    for fragment in ("", f"#{state}"):
+        view = opened(path, fragment=fragment)
+        wait_for(view, "ready", "another network")
+        assert view.is_disabled("#text") and view.input_value("#text") == "A BAD CAB"
+        assert view.locator("#before .bar").count() == 8
+
+
+def test_a_sum_that_is_not_the_logit_is_not_called_exact(opened, small, tmp_path):
+    """As of a model with more to it than lab/senses.py adds up."""
+    html = lab.page.make_page(small, text="A BAD CAB")
+    data = json.loads(script(html, "data"))
+    data["first"]["look"]["logit"] += 1
+    html = html.replace(script(html, "data"), json.dumps(data).replace("<", "\\u003c"))
+    path = tmp_path / "page.html"
+    path.write_text(html, encoding="utf-8")
+    assert "not the sum of these parts" in opened(path).inner_text("#sum")
+    r = SimpleNamespace(**vars(small))
+    r.model = copy.copy(r.model)
+    r.model.logits = lambda o: r.base.logits(o) + 1
+    path.write_text(lab.page.make_table_page(r, ["A"], "A BAD CAB", "a reason"), encoding="utf-8")
     view = opened(path)
-    wait_for(view, "ready", "another network")
-    assert view.is_disabled("#text")
+    assert "is NOT the sum" in view.inner_text("#why") and "tables only: a reason" in view.inner_text("main")
+
+
+def test_a_text_from_right_to_left(opened, small, tmp_path):
+    """Its tokens stand in its order, and a name among English words keeps its own."""
+    r = SimpleNamespace(**vars(small))
+    r.base = tiny(torch.float16, vocab_size=27).float()
+    r.tokenizer = load_tokenizer({"kind": "char", "chars": "".join(map(chr, range(0x5D0, 0x5EB)))})
+    r.edits = []
+    r.model = r.base
+    path = tmp_path / "page.html"
+    path.write_text(lab.page.make_page(r, text="\u05d0\u05d1\u05d2"), encoding="utf-8")
+    view = opened(path)
+    x = [button.bounding_box()["x"] for button in view.locator("#tokens button").all()]
+    assert x[0] > x[1] > x[2]
+    assert view.locator("#sum bdi").inner_text() in r.tokenizer.spec["chars"]
+
+
+class Renamed(torch.nn.LayerNorm):
+    pass
+
+
+def other_class(base):
+    base.ln_f = Renamed(base.config.n_embd, bias=False)
+
+
+def other_tensor(base):
+    base.gate = torch.nn.Parameter(torch.zeros(4))
+
+
+def missing_tensor(base):
+    base.ln_f = torch.nn.LayerNorm(base.config.n_embd, elementwise_affine=False)
+
+
+@pytest.mark.parametrize(
+    "change, name", [(other_class, "Renamed"), (other_tensor, "gate"), (missing_tensor, "ln_f.weight")]
+)
+def test_a_network_that_the_engine_does_not_know_gets_tables(small, change, name):
+    fork = SimpleNamespace(**vars(small))
+    fork.base = copy.deepcopy(small.base)
+    change(fork.base)
+    html = lab.page.make_page(fork, ["A"])
+    assert f"doesn't know all of this network: {name}" in json.loads(script(html, "data"))["why"]
+    assert lab.page.why_tables(small) == ""
+
+
+# ---- other engines
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("browser", [Firefox, WebKit])
+def test_in_other_browsers(shipped, shipped_page, browser):
+    """Opened from disk the page shows what Python computes, before and after an edit."""
+    tour = json.loads((ROOT / "lab/tour.json").read_text())
+    before, after = lab.page.next_under(shipped, tour["text"], tour["edit"])
+    bars = "Array.from(document.querySelectorAll('#{} .bar'), bar => bar.textContent)"
+    with browser() as view:
+        view.open(shipped_page.as_uri())
+        view.wait_for("document.getElementById('ready').textContent.includes('Ready')")
+        first = view.run(f"return {bars.format('before')}")
+        view.run(f"addEdits([{json.dumps(tour['edit'])}])")
+        view.wait_for("document.querySelectorAll('#after .bar').length")
+        shown = [(first, before), (view.run(f"return {bars.format('before')}"), before)]
+        shown.append((view.run(f"return {bars.format('after')}"), after))
+    for bars, p in shown:
+        assert len(bars) == 8
+        for bar, likely in zip(bars, lab.page.likeliest(shipped, p, 8)):
+            token, percent = re.fullmatch(r"(.*?)([\d.]+)%", bar).groups()
+            assert token == likely["token"]
+            assert float(percent) == pytest.approx(100 * likely["p"], abs=0.51)
