@@ -49,14 +49,16 @@ def make_page(r, words=(), text=""):
     why = why_tables(r)
     if why:
         return make_table_page(r, words, text, why)
-    weights = [p.half().cpu().numpy().ravel() for p in r.base.state_dict().values()]
-    peaks = sense_peaks(r.base, peaks_progress).cpu().numpy()  # (V,K)
+    base = copy.deepcopy(r.base).half()  # the model that the page has
+    weights = [p.cpu().numpy().ravel() for p in base.state_dict().values()]
+    base.float()
+    peaks = sense_peaks(base, peaks_progress).cpu().numpy()  # (V,K)
     html = read_text(FOLDER / "page.html")
     html = html.replace("/*WEIGHTS*/", packed(np.concatenate(weights)))
     html = html.replace("/*PEAKS*/", packed(peaks))
-    inverse = quiet_inverse(r.base.wte.weight[: r.base.config.vocab_size])  # (D,D)
+    inverse = quiet_inverse(base.wte.weight[: base.config.vocab_size])  # (D,D)
     html = html.replace("/*INVERSE*/", packed(inverse.cpu().contiguous().numpy()))
-    html = with_data(html, page_data(r, words, text))
+    html = with_data(html, page_data(r, base, words, text))
     if len(html.encode()) > LIMIT:
         return make_table_page(r, words, text, TOO_LARGE)
     return html
@@ -110,8 +112,8 @@ def rounded(tensor, digits):
 # the page with the model in it
 
 
-def page_data(r, words, text):
-    """What page.html has to know besides the weights, as JSON."""
+def page_data(r, base, words, text):
+    """What page.html has to know besides the weights, as JSON; base: the model with these weights."""
     config = r.base.config
     tour = read_json(FOLDER / "tour.json")
     if bears_out(r, tour):
@@ -137,7 +139,7 @@ def page_data(r, words, text):
         "about": f"{r.path}: {sizes}, step {r.ckpt['step']}.",
         "words": ",".join(words),
         "first": {"text": text, "edits": r.edits, "look": first_look(r, text)},
-        "probes": make_probes(r, text, [tour["edit"]] if tour else []),
+        "probes": make_probes(r, base, text, [tour["edit"]] if tour else []),
         "tour": tour,
     }
 
@@ -162,16 +164,15 @@ def token_name(tokenizer, id):
     return token_text(tokenizer, id)
 
 
-def make_probes(r, text, edits, n_ids=64):
+def make_probes(r, base, text, edits, n_ids=64):
     """Logits of some tokens after each of three texts, which the engine of page.html has to compute, too.
 
     The texts: that with which the page begins, with the edits of the run; the same repeated, with edits;
-    and random tokens. As the page has its weights in half precision, so has the model here: what differs
-    is then of the network, and not of rounding.
+    and random tokens. base has the page's weights, which are in half precision: what differs is then of
+    the network, and not of rounding.
     """
-    V = r.base.config.vocab_size
-    block_size = r.base.config.block_size
-    base = copy.deepcopy(r.base).half().float()
+    V = base.config.vocab_size
+    block_size = base.config.block_size
     first = text_ids(r, text, block_size)  # (T,)
     longer = first.repeat(block_size)[: min(24, block_size)]  # few, as they cost time before one can begin
     generator = torch.Generator().manual_seed(0)
