@@ -1,0 +1,405 @@
+"""
+Train a Backpack by JAX: model.py's network and train.py's loop, on all devices of this machine.
+
+$ python -m lab.jax_train config/backpack_micro.py --dropout=0.0 --out_dir=out/jax
+$ python -m lab.jax_train --out_dir=out/jax --init_from=resume
+
+It reads and writes the checkpoints of train.py, which can go on with them, and heeds its settings but
+for some, which it refuses. Before the first step it compares itself with model.py.
+
+Shapes: B batch, T positions, V vocabulary, D n_embd, H n_head, K n_sense, d n_qk, U distinct tokens,
+        t queries of a block, S keys that these see, G devices, M micro-batches, N = B*T
+w: {name: array} of all parameters, by their names in model.py; c: the settings, with dtype known
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import configurator  # isort: skip  # before torch, for which it sets the environment
+import numpy as np
+import torch
+
+import train
+from configurator import check
+from model import Backpack, load_checkpoint
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax import lax
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+except ImportError as error:
+    sys.exit(f"lab.jax_train: {error}; pip install -r requirements-jax.txt")
+
+
+@dataclass
+class Settings(train.Settings):
+    shard: bool = False  # parameters and optimizer state are spread over the devices
+
+
+# any other setting must stay at its default, as it would have no effect
+HEEDED = set(
+    """
+    block_size vocab_size n_layer n_head n_embd n_sense n_qk sense_mlp_ratio sense_out_ratio bias exact_gelu
+    init_std inverse_layer_scale grad_checkpoint dataset data_dir out_dir init_from overwrite tokens_per_step
+    batch_size max_iters learning_rate min_lr schedule warmup_iters weight_decay beta1 beta2 grad_clip
+    eval_interval eval_iters full_val log_interval dtype seed shard
+    """.split()
+)
+
+
+def refuse_others(s):
+    """UserError: a setting that this file does not heed is not at its default."""
+    others = [f for f in fields(s) if f.name not in HEEDED and getattr(s, f.name) != f.default]
+    flags = " ".join(f"--{f.name}={f.default}" for f in others)
+    check(not others, f"lab.jax_train can't do all that is set: go without by {flags}")
+    check(s.dtype != "float16", "dtype=float16 would need a loss scaler: --dtype=bfloat16")
+
+
+# -----------------------------------------------------------------------------
+# the network
+
+
+def layer_norm(w, name, x, c):
+    """Computed in float32; the result has the type of all products, c.dtype."""
+    x = jax.nn.standardize(x.astype(jnp.float32), algorithm="stable") * w[f"{name}.weight"]
+    if c.bias:
+        x = x + w[f"{name}.bias"]
+    return x.astype(c.dtype)
+
+
+def linear(w, name, x, c):
+    x = x @ w[f"{name}.weight"].astype(x.dtype).T
+    if c.bias:
+        x = x + w[f"{name}.bias"].astype(x.dtype)
+    return x
+
+
+def mlp(w, name, x, c):
+    x = linear(w, f"{name}.fc", x, c)
+    x = jax.nn.gelu(x, approximate=not c.exact_gelu)
+    return linear(w, f"{name}.proj", x, c)
+
+
+def block(w, x, layer, c):
+    B, T, D = x.shape
+    name = f"blocks.{layer}"
+    scale = (D // c.n_head) ** -0.5
+    if c.inverse_layer_scale:
+        scale /= layer + 1
+    qkv = linear(w, f"{name}.attn.qkv", layer_norm(w, f"{name}.ln_1", x, c), c)  # (B,T,3D)
+    q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, c.n_head, D // c.n_head), 2, 0)  # (B,T,H,D/H) each
+    # backward computes the weights again, as flash attention does
+    attention = jax.checkpoint(partial(jax.nn.dot_product_attention, scale=scale, is_causal=True))
+    y = attention(q, k, v).reshape(B, T, D)
+    x = x + linear(w, f"{name}.attn.proj", y, c)
+    return x + mlp(w, f"{name}.mlp", layer_norm(w, f"{name}.ln_2", x, c), c)
+
+
+def transformer(w, e, c):
+    """Embeddings e (B,T,D) -> h (B,T,D)."""
+    h = e + w["wpe.weight"][: e.shape[1]]
+    for layer in range(c.n_layer):
+        one = partial(block, layer=layer, c=c)
+        if c.grad_checkpoint:
+            one = jax.checkpoint(one)
+        h = one(w, h)
+    return layer_norm(w, "ln_f", h, c)
+
+
+def senses(w, e, c):
+    """Embeddings e (U,D) of tokens -> their sense vectors C (U,K,D)."""
+    name = "sense_network"
+    x = layer_norm(w, f"{name}.ln_0", e, c) + e
+    x = x + mlp(w, f"{name}.mlp", layer_norm(w, f"{name}.ln_1", x, c), c)
+    x = mlp(w, f"{name}.mlp_out", layer_norm(w, f"{name}.ln_2", x, c), c)  # (U,K*D)
+    return x.reshape(len(x), c.n_sense, -1)
+
+
+def sum_senses(q, k, C):
+    """Of one sequence: queries and keys (T,K,d), senses at each position (T,K,D) -> o (T,D)."""
+    T, K, d = q.shape
+
+    def of_query(row):
+        q_i, i = row
+        scores = jnp.einsum("ld,jld->lj", q_i / math.sqrt(d), k).astype(jnp.float32)  # (K,T)
+        alpha = jax.nn.softmax(jnp.where(jnp.arange(T) <= i, scores, -jnp.inf))
+        return jnp.einsum("lj,jld->d", alpha.astype(C.dtype), C)
+
+    # 256 queries at a time, whose weights backward computes again
+    return lax.map(jax.checkpoint(of_query), (q, jnp.arange(T)), batch_size=256)
+
+
+def backpack(w, ids, where, c):
+    """The distinct tokens ids (U,), and which stands at each position, where (B,T) -> o (B,T,D)."""
+    B, T = where.shape
+    e = w["wte.weight"][ids]  # (U,D)
+    h = transformer(w, e[where], c)  # (B,T,D)
+    if not c.n_sense:
+        return h
+    qk = linear(w, "sense_qk", h, c).reshape(B, T, 2, c.n_sense, -1)  # (B,T,2,K,d)
+    C = senses(w, e, c)  # (U,K,D)
+    return jax.vmap(sum_senses)(qk[:, :, 0], qk[:, :, 1], C[where])
+
+
+def losses(w, o, y, c):
+    """The cross-entropy (N,) of the logits E o_i, 0 where y (N,) is -100: some rows at a time."""
+
+    def of_row(row):
+        o_i, target = row
+        E = w["wte.weight"][: c.vocab_size].astype(o_i.dtype)  # (V,D)
+        logits = jnp.dot(o_i, E.T, preferred_element_type=jnp.float32)  # (V,)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+        return jnp.where(target >= 0, loss, 0.0)
+
+    rows = max(512, 2**23 // c.vocab_size)
+    return lax.map(jax.checkpoint(of_row), (o, y), batch_size=rows)
+
+
+def mean_loss(w, y, ids, where, c):
+    """The mean loss of all targets y (B,T), over all devices."""
+    o = backpack(w, ids, where, c)  # (B,T,D)
+    total = losses(w, o.reshape(-1, c.n_embd), y.reshape(-1), c).sum()
+    n_targets = lax.psum((y >= 0).sum(), "data")
+    return lax.psum(total, "data") / jnp.maximum(n_targets, 1)
+
+
+# -----------------------------------------------------------------------------
+# data and steps
+
+
+def load_batch(tokens, starts, s, mesh):
+    """The windows that begin at starts (M,G,B), on the devices that they are for, as mean_loss takes them.
+
+    y and where have the shape (M,G*B,T), ids has (M,G*U): each device has its own distinct tokens.
+    """
+    M, G, B = starts.shape
+    parts = [train.get_batch(tokens, own, s.block_size, torch.device("cpu")) for own in starts.reshape(-1, B)]
+    # another U means another compilation, so it comes in steps of 512; nothing points to what that adds
+    U = max(len(ids) for x, y, (ids, where) in parts)
+    U = min(math.ceil(U / 512) * 512, s.vocab_size)
+    y = np.stack([y for x, y, distinct in parts])  # (M*G,B,T)
+    ids = np.stack([np.resize(ids, U) for x, y, (ids, where) in parts])  # (M*G,U)
+    where = np.stack([where for x, y, (ids, where) in parts])  # (M*G,B,T)
+    batch = y.reshape(M, G * B, -1), ids.reshape(M, G * U), where.reshape(M, G * B, -1)
+    return jax.device_put(batch, NamedSharding(mesh, P(None, "data")))
+
+
+def place(x, mesh, shard):
+    """Where an array of w or of the optimizer's state lies: all of it on each device, or a share of its rows."""
+    by_rows = shard and x.ndim and x.shape[0] % mesh.size == 0
+    return NamedSharding(mesh, P("data") if by_rows else P())
+
+
+def make_loss(c, mesh):
+    """mean_loss of (w, y, ids, where): each device has all of w and its share of the batch."""
+    specs = (P(), P("data"), P("data"), P("data"))
+    return jax.shard_map(partial(mean_loss, c=c), mesh=mesh, in_specs=specs, out_specs=P())
+
+
+def make_adamw(model, s):
+    """What train.py does with gradients, as an optax transformation; its updates lack the factor -lr."""
+    matrices, _ = model.param_groups(s.weight_decay)
+    decaying = set(matrices["params"])
+    return optax.chain(
+        optax.clip_by_global_norm(s.grad_clip or math.inf),
+        optax.scale_by_adam(s.beta1, s.beta2),
+        optax.add_decayed_weights(
+            s.weight_decay, {name: p in decaying for name, p in model.named_parameters()}
+        ),
+    )
+
+
+def make_step(loss_of, adamw, places):
+    """step(w, state, batch, lr) -> (w, state, loss, norm of the gradient); it uses up w and state."""
+
+    def step(w, state, batch, lr):
+        def add(total, micro_batch):
+            new = jax.value_and_grad(loss_of)(w, *micro_batch)
+            return jax.tree.map(jnp.add, total, new), None
+
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, w)
+        total, _ = lax.scan(add, zero, batch)
+        loss, grads = jax.tree.map(lambda x: x / len(batch[0]), total)
+        updates, state = adamw.update(grads, state, w)
+        w = jax.tree.map(lambda p, update: p - lr * update, w, updates)
+        return w, state, loss, optax.tree.norm(grads)
+
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*places, None, None))
+
+
+def check_network(model, w, tokens, s, mesh):
+    """UserError: a short sequence has another loss, or another gradient, than by model.py (1%)."""
+    s = replace(s, block_size=min(s.block_size, 64), dtype="float32")
+    starts = np.zeros((1, mesh.size, 1), int)  # each device gets the same sequence
+    y, ids, where = load_batch(tokens, starts, s, mesh)
+    with jax.default_matmul_precision("highest"):  # a TPU's default is bfloat16
+        loss, grads = jax.jit(jax.value_and_grad(make_loss(s, mesh)))(w, y[0], ids[0], where[0])
+    x, y, distinct = train.get_batch(tokens, starts[0, 0], s.block_size, torch.device("cpu"))
+    _, expected = model(x, y, distinct)
+    expected.backward()
+    errors = {"loss": abs(loss.item() / expected.item() - 1)}
+    for name, p in model.named_parameters():
+        largest = p.grad.abs().max().item()
+        errors[f"gradient of {name}"] = np.abs(grads[name] - p.grad.numpy()).max() / max(largest, 1e-6)
+    worst = max(errors, key=errors.get)
+    hint = "this model.py is another network than that of lab/jax_train.py"
+    check(errors[worst] < 0.01, f"the {worst} is off by {errors[worst]:.2%}: {hint}")
+
+
+# -----------------------------------------------------------------------------
+
+
+def first_checkpoint(s, given):
+    """The checkpoint that init_from names, whose settings s adopts; None: there is none."""
+    out = Path(s.out_dir)
+    exists = (out / "ckpt.pt").exists()
+    if s.init_from == "auto":
+        s.init_from = "resume" if exists else "scratch"
+    resume = s.init_from == "resume"
+    hint = "--init_from=resume goes on with it, --overwrite replaces it"
+    check(resume or s.overwrite or not exists, f"{out} has a run: {hint}")
+    if s.init_from == "scratch":
+        return None
+    init = out if resume else Path(s.init_from)
+    ckpt = load_checkpoint(init)
+    train.adopt_settings(s, given, ckpt, init, print)
+    hint = f"--init_from={init} and another out_dir start from its weights"
+    check("jax" in ckpt or not resume, f"{init} is no run of lab.jax_train: {hint}")
+    return ckpt
+
+
+def windows(s, n_devices, val_data):
+    """The shape (M,G,B) of a step's windows, and where the windows for evaluation begin, both as train.py's."""
+    T = s.block_size
+    sequences = s.tokens_per_step // (T * n_devices)  # of a device in a step
+    B = min(s.batch_size, sequences)
+    divides = B > 0 and s.tokens_per_step % (T * n_devices * B) == 0
+    sizes = f"{n_devices} devices x {B} sequences x {T} tokens"
+    check(divides, f"tokens_per_step={s.tokens_per_step} must be a multiple of {sizes}")
+    starts = np.arange(0, len(val_data) - 1, T)
+    n_windows = s.eval_iters * s.tokens_per_step // T
+    if not s.full_val and n_windows < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, n_windows).astype(int)]
+    return (sequences // B, n_devices, B), starts
+
+
+def save(s, w, state, meta, **more):
+    """Write ckpt.pt and config.json; the optimizer's state is a list, which train.py does not read."""
+    network = train.network_config(s)
+    ckpt = {
+        "model": {name: torch.tensor(np.asarray(x)) for name, x in w.items()},
+        "jax": [torch.tensor(np.asarray(x)) for x in jax.tree.leaves(state)],
+        "config": asdict(network),
+        "settings": vars(s),
+        "meta": meta,
+    }
+    train.save_checkpoint(Path(s.out_dir) / "ckpt.pt", ckpt | more)
+    (Path(s.out_dir) / "config.json").write_text(json.dumps(vars(s) | {"jax": jax.__version__}, indent=1))
+
+
+def main(argv):
+    s, given = configurator.configure(Settings, argv, __doc__)
+    ckpt = first_checkpoint(s, given)
+    refuse_others(s)
+    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
+    out = Path(s.out_dir)
+
+    # ---- data
+    train_data, val_data, meta = train.load_data(Path(s.data_dir) / s.dataset)
+    s.vocab_size = s.vocab_size or meta["vocab_size"]
+    same = ckpt is None or ckpt["meta"]["tokenizer"] == meta["tokenizer"]
+    check(same and s.vocab_size == meta["vocab_size"], f"{s.dataset} has another vocabulary")
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    shape, val_starts = windows(s, mesh.size, val_data)
+    n_targets, _ = train.count_targets(val_data, val_starts, s.block_size, None)
+    # a window beyond the end has no targets
+    val_starts = np.pad(
+        val_starts, (0, -len(val_starts) % math.prod(shape[1:])), constant_values=len(val_data)
+    )
+
+    def draw(step):
+        rng = np.random.default_rng((s.seed, step))
+        starts = rng.integers(len(train_data) - s.block_size, size=shape)
+        return load_batch(train_data, starts, s, mesh)
+
+    # ---- the network, first in torch, and the optimizer
+    torch.manual_seed(s.seed)
+    model = Backpack(train.network_config(s))
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+    w = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    adamw = make_adamw(model, s)
+    state = adamw.init(w)
+    step = 0
+    if s.init_from == "resume":
+        state = jax.tree.unflatten(jax.tree.structure(state), [x.numpy().copy() for x in ckpt["jax"]])
+        step = ckpt["step"]
+    places = jax.tree.map(partial(place, mesh=mesh, shard=s.shard), (w, state))
+    w, state = jax.device_put((w, state), places)
+    check_network(model, w, train_data, s, mesh)
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    loss_of = make_loss(replace(s, dtype=dtype), mesh)
+    loss_alone = jax.jit(loss_of)
+    take_step = make_step(loss_of, adamw, places)
+    print(f"{model.num_params():,} parameters on {mesh.size} devices ({jax.default_backend()}) in {dtype}")
+    del model, ckpt
+
+    def evaluate():
+        total = 0.0
+        for starts in val_starts.reshape(-1, 1, *shape[1:]):
+            y, ids, where = load_batch(val_data, starts, s, mesh)
+            total += loss_alone(w, y[0], ids[0], where[0]).item() * (y >= 0).sum().item()
+        return total / n_targets
+
+    # ---- the loop; its last pass only evaluates and saves
+    out.mkdir(parents=True, exist_ok=True)
+    if step:
+        train.cut_metrics(out / "metrics.jsonl", step)
+    metrics = open(out / "metrics.jsonl", "a" if step else "w", buffering=1)
+
+    def log(text, **figures):
+        print(f"step {step}/{s.max_iters}  {text}", flush=True)
+        metrics.write(json.dumps({"step": step, **figures}) + "\n")
+
+    began = time.time()
+    t0 = began
+    step0 = step
+    batch = draw(step)
+    while True:
+        if step % s.eval_interval == 0 or step >= s.max_iters:
+            val_loss = evaluate()
+            check(math.isfinite(val_loss), f"step {step}: validation loss {val_loss}; {train.HINT}")
+            save(s, w, state, meta, step=step)
+            log(f"val loss {val_loss:.4f}", val_loss=val_loss)
+            t0 = time.time()
+            step0 = step
+        if step >= s.max_iters:
+            break
+        lr = train.lr_at(s, step)
+        w, state, loss, norm = take_step(w, state, batch, lr)
+        batch = draw(step + 1)  # while the devices are busy
+        loss = loss.item()
+        norm = norm.item()
+        check(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient norm {norm}; {train.HINT}")
+        step += 1
+        if step % s.log_interval == 0 or step == s.max_iters:
+            speed = s.tokens_per_step * (step - step0) / (time.time() - t0)
+            t0 = time.time()
+            step0 = step
+            text = f"loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s"
+            figures = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": speed}
+            log(text, **figures, seconds=time.time() - began)
+
+
+if __name__ == "__main__":
+    configurator.run(main)
