@@ -4,11 +4,11 @@ Train a Backpack by JAX: model.py's network and train.py's loop, on all devices 
 $ python -m lab.jax_train config/backpack_micro.py --dropout=0.0 --out_dir=out/jax
 $ python -m lab.jax_train --out_dir=out/jax --init_from=resume
 
-It reads and writes the checkpoints of train.py, which can go on with them, and heeds its settings but
-for some, which it refuses. Before the first step it compares itself with model.py.
+Data, settings and checkpoints are train.py's; settings that would have no effect here are refused. Before
+the first step it compares itself with model.py: whoever changes the network changes it here, too.
 
-Shapes: B batch, T positions, V vocabulary, D n_embd, H n_head, K n_sense, d n_qk, U distinct tokens,
-        t queries of a block, S keys that these see, G devices, M micro-batches, N = B*T
+Shapes: B sequences of a device and micro-batch, T positions, V vocabulary, D n_embd, H n_head, K n_sense,
+        d n_qk, U distinct tokens, G devices, M micro-batches of a step, N = B*T
 w: {name: array} of all parameters, by their names in model.py; c: the settings, with dtype known
 """
 
@@ -56,10 +56,10 @@ HEEDED = set(
 
 
 def refuse_others(s):
-    """UserError: a setting that this file does not heed is not at its default."""
+    """UserError: a setting that is not heeded is not at its default."""
     others = [f for f in fields(s) if f.name not in HEEDED and getattr(s, f.name) != f.default]
     flags = " ".join(f"--{f.name}={f.default}" for f in others)
-    check(not others, f"lab.jax_train can't do all that is set: go without by {flags}")
+    check(not others, f"some settings are not for lab.jax_train: go without by {flags}")
     check(s.dtype != "float16", "dtype=float16 would need a loss scaler: --dtype=bfloat16")
 
 
@@ -193,7 +193,7 @@ def load_batch(tokens, starts, s, mesh):
 
 
 def place(x, mesh, shard):
-    """Where an array of w or of the optimizer's state lies: all of it on each device, or a share of its rows."""
+    """Where an array of w or of the optimizer's state lies: whole on each device, or by rows on all."""
     by_rows = shard and x.ndim and x.shape[0] % mesh.size == 0
     return NamedSharding(mesh, P("data") if by_rows else P())
 
@@ -207,13 +207,12 @@ def make_loss(c, mesh):
 def make_adamw(model, s):
     """What train.py does with gradients, as an optax transformation; its updates lack the factor -lr."""
     matrices, _ = model.param_groups(s.weight_decay)
-    decaying = set(matrices["params"])
+    matrices = set(matrices["params"])
+    decays = {name: p in matrices for name, p in model.named_parameters()}
     return optax.chain(
         optax.clip_by_global_norm(s.grad_clip or math.inf),
         optax.scale_by_adam(s.beta1, s.beta2),
-        optax.add_decayed_weights(
-            s.weight_decay, {name: p in decaying for name, p in model.named_parameters()}
-        ),
+        optax.add_decayed_weights(s.weight_decay, decays),
     )
 
 
@@ -240,8 +239,7 @@ def check_network(model, w, tokens, s, mesh):
     s = replace(s, block_size=min(s.block_size, 64), dtype="float32")
     starts = np.zeros((1, mesh.size, 1), int)  # each device gets the same sequence
     y, ids, where = load_batch(tokens, starts, s, mesh)
-    with jax.default_matmul_precision("highest"):  # a TPU's default is bfloat16
-        loss, grads = jax.jit(jax.value_and_grad(make_loss(s, mesh)))(w, y[0], ids[0], where[0])
+    loss, grads = jax.jit(jax.value_and_grad(make_loss(s, mesh)))(w, y[0], ids[0], where[0])
     x, y, distinct = train.get_batch(tokens, starts[0, 0], s.block_size, torch.device("cpu"))
     _, expected = model(x, y, distinct)
     expected.backward()
@@ -276,32 +274,71 @@ def first_checkpoint(s, given):
     return ckpt
 
 
-def windows(s, n_devices, val_data):
-    """The shape (M,G,B) of a step's windows, and where the windows for evaluation begin, both as train.py's."""
+def windows(s, mesh, n_train, n_val):
+    """The shape (M,G,B) of the windows of a step, and where those for evaluation begin (n,1,G,B)."""
     T = s.block_size
-    sequences = s.tokens_per_step // (T * n_devices)  # of a device in a step
+    check(n_train > T and n_val > 1, f"{s.dataset} is too short for block_size={T}")
+    G = mesh.size
+    sequences = s.tokens_per_step // (T * G)  # of a device in a step
     B = min(s.batch_size, sequences)
-    divides = B > 0 and s.tokens_per_step % (T * n_devices * B) == 0
-    sizes = f"{n_devices} devices x {B} sequences x {T} tokens"
+    divides = B > 0 and s.tokens_per_step % (T * G * B) == 0
+    sizes = f"{G} devices x {B} sequences x {T} tokens"
     check(divides, f"tokens_per_step={s.tokens_per_step} must be a multiple of {sizes}")
-    starts = np.arange(0, len(val_data) - 1, T)
+    starts = np.arange(0, n_val - 1, T)
     n_windows = s.eval_iters * s.tokens_per_step // T
     if not s.full_val and n_windows < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, n_windows).astype(int)]
-    return (sequences // B, n_devices, B), starts
+    # windows beyond the end of the text have no targets
+    starts = np.pad(starts, (0, -len(starts) % (G * B)), constant_values=n_val)
+    return (sequences // B, G, B), starts.reshape(-1, 1, G, B)
 
 
-def save(s, w, state, meta, **more):
-    """Write ckpt.pt and config.json; the optimizer's state is a list, which train.py does not read."""
-    network = train.network_config(s)
+def evaluate(loss_of, w, tokens, starts, s, mesh):
+    """The mean loss of all targets in the windows that begin at starts (n,1,G,B)."""
+    total = 0.0
+    n_targets = 0
+    for some in starts:
+        y, ids, where = load_batch(tokens, some, s, mesh)
+        n = (y >= 0).sum().item()
+        total += loss_of(w, y[0], ids[0], where[0]).item() * n
+        n_targets += n
+    return total / n_targets
+
+
+def prepare(s, ckpt, tokens, mesh):
+    """(w, state of the optimizer, loss_of, take_step), all of it on the devices."""
+    torch.manual_seed(s.seed)
+    model = Backpack(train.network_config(s))  # the weights with which train.py would start
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+    w = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    adamw = make_adamw(model, s)
+    state = adamw.init(w)
+    if s.init_from == "resume":
+        saved = [x.numpy().copy() for x in ckpt["jax"]]
+        state = jax.tree.unflatten(jax.tree.structure(state), saved)
+    places = jax.tree.map(partial(place, mesh=mesh, shard=s.shard), (w, state))
+    w, state = jax.device_put((w, state), places)
+    check_network(model, w, tokens, s, mesh)
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    print(f"{model.num_params():,} parameters on {mesh.size} x {jax.devices()[0].device_kind} in {dtype}")
+    loss_of = make_loss(replace(s, dtype=dtype), mesh)
+    return w, state, jax.jit(loss_of), make_step(loss_of, adamw, places)
+
+
+def save(s, w, state, meta, step):
+    """Write ckpt.pt, as train.py does but for the optimizer's state, and config.json."""
     ckpt = {
         "model": {name: torch.tensor(np.asarray(x)) for name, x in w.items()},
         "jax": [torch.tensor(np.asarray(x)) for x in jax.tree.leaves(state)],
-        "config": asdict(network),
+        "config": asdict(train.network_config(s)),
         "settings": vars(s),
         "meta": meta,
+        "step": step,
     }
-    train.save_checkpoint(Path(s.out_dir) / "ckpt.pt", ckpt | more)
+    train.save_checkpoint(Path(s.out_dir) / "ckpt.pt", ckpt)
     (Path(s.out_dir) / "config.json").write_text(json.dumps(vars(s) | {"jax": jax.__version__}, indent=1))
 
 
@@ -310,81 +347,42 @@ def main(argv):
     ckpt = first_checkpoint(s, given)
     refuse_others(s)
     check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
-    out = Path(s.out_dir)
-
-    # ---- data
     train_data, val_data, meta = train.load_data(Path(s.data_dir) / s.dataset)
     s.vocab_size = s.vocab_size or meta["vocab_size"]
     same = ckpt is None or ckpt["meta"]["tokenizer"] == meta["tokenizer"]
     check(same and s.vocab_size == meta["vocab_size"], f"{s.dataset} has another vocabulary")
+    # else a TPU rounds the factors of float32 products to bfloat16
+    jax.config.update("jax_default_matmul_precision", "highest")
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    shape, val_starts = windows(s, mesh.size, val_data)
-    n_targets, _ = train.count_targets(val_data, val_starts, s.block_size, None)
-    # a window beyond the end has no targets
-    val_starts = np.pad(
-        val_starts, (0, -len(val_starts) % math.prod(shape[1:])), constant_values=len(val_data)
-    )
+    shape, val_starts = windows(s, mesh, len(train_data), len(val_data))
+    w, state, loss_of, take_step = prepare(s, ckpt, train_data, mesh)
+    step = ckpt["step"] if s.init_from == "resume" else 0
 
     def draw(step):
-        rng = np.random.default_rng((s.seed, step))
-        starts = rng.integers(len(train_data) - s.block_size, size=shape)
+        starts = np.random.default_rng((s.seed, step)).integers(len(train_data) - s.block_size, size=shape)
         return load_batch(train_data, starts, s, mesh)
 
-    # ---- the network, first in torch, and the optimizer
-    torch.manual_seed(s.seed)
-    model = Backpack(train.network_config(s))
-    if ckpt:
-        model.load_state_dict(ckpt["model"])
-    w = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    adamw = make_adamw(model, s)
-    state = adamw.init(w)
-    step = 0
-    if s.init_from == "resume":
-        state = jax.tree.unflatten(jax.tree.structure(state), [x.numpy().copy() for x in ckpt["jax"]])
-        step = ckpt["step"]
-    places = jax.tree.map(partial(place, mesh=mesh, shard=s.shard), (w, state))
-    w, state = jax.device_put((w, state), places)
-    check_network(model, w, train_data, s, mesh)
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    loss_of = make_loss(replace(s, dtype=dtype), mesh)
-    loss_alone = jax.jit(loss_of)
-    take_step = make_step(loss_of, adamw, places)
-    print(f"{model.num_params():,} parameters on {mesh.size} devices ({jax.default_backend()}) in {dtype}")
-    del model, ckpt
-
-    def evaluate():
-        total = 0.0
-        for starts in val_starts.reshape(-1, 1, *shape[1:]):
-            y, ids, where = load_batch(val_data, starts, s, mesh)
-            total += loss_alone(w, y[0], ids[0], where[0]).item() * (y >= 0).sum().item()
-        return total / n_targets
-
-    # ---- the loop; its last pass only evaluates and saves
-    out.mkdir(parents=True, exist_ok=True)
+    path = Path(s.out_dir) / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if step:
-        train.cut_metrics(out / "metrics.jsonl", step)
-    metrics = open(out / "metrics.jsonl", "a" if step else "w", buffering=1)
+        train.cut_metrics(path, step)
+    metrics = open(path, "a" if step else "w", buffering=1)
 
     def log(text, **figures):
         print(f"step {step}/{s.max_iters}  {text}", flush=True)
         metrics.write(json.dumps({"step": step, **figures}) + "\n")
 
     began = time.time()
-    t0 = began
-    step0 = step
     batch = draw(step)
     while True:
         if step % s.eval_interval == 0 or step >= s.max_iters:
-            val_loss = evaluate()
+            val_loss = evaluate(loss_of, w, val_data, val_starts, s, mesh)
             check(math.isfinite(val_loss), f"step {step}: validation loss {val_loss}; {train.HINT}")
-            save(s, w, state, meta, step=step)
+            save(s, w, state, meta, step)
             log(f"val loss {val_loss:.4f}", val_loss=val_loss)
-            t0 = time.time()
-            step0 = step
         if step >= s.max_iters:
             break
+        t0 = time.time()
         lr = train.lr_at(s, step)
         w, state, loss, norm = take_step(w, state, batch, lr)
         batch = draw(step + 1)  # while the devices are busy
@@ -393,12 +391,11 @@ def main(argv):
         check(math.isfinite(loss + norm), f"step {step}: loss {loss}, gradient norm {norm}; {train.HINT}")
         step += 1
         if step % s.log_interval == 0 or step == s.max_iters:
-            speed = s.tokens_per_step * (step - step0) / (time.time() - t0)
-            t0 = time.time()
-            step0 = step
+            now = time.time()
+            speed = s.tokens_per_step / (now - t0)
             text = f"loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s"
             figures = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": speed}
-            log(text, **figures, seconds=time.time() - began)
+            log(text, **figures, seconds=now - began)
 
 
 if __name__ == "__main__":

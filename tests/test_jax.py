@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import records
+from conftest import TINY, records
 
 import model as model_file
 import sample
@@ -37,16 +37,27 @@ def cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+JAX = ["--n_layer=1", "--tokens_per_step=128", "--transformer_share=0.0", "--device=auto"]
+
+
 @pytest.fixture
 def run_jax(tiny_argv, tmp_path):
     """run_jax("--key=value", ...) trains by JAX in tmp_path/run, in this process; returns that folder."""
 
     def call(*args, out="run"):
-        own = ["--n_layer=1", "--tokens_per_step=128", "--transformer_share=0.0", "--device=auto"]
-        jax_train.main(tiny_argv(*own, *args, out=out))
+        jax_train.main(tiny_argv(*JAX, *args, out=out))
         return tmp_path / out
 
     return call
+
+
+@pytest.fixture(scope="module")
+def whole(cache, data_dir, tmp_path_factory):
+    """A run on eight devices, with two micro-batches of one sequence on each."""
+    out = tmp_path_factory.mktemp("jax") / "whole"
+    where = [f"--data_dir={data_dir}", "--dataset=tiny", f"--out_dir={out}"]
+    jax_train.main([*TINY, *JAX, *where, "--batch_size=1"])
+    return out
 
 
 def mesh_of(n):
@@ -130,23 +141,21 @@ def test_neither_weights_nor_logits_are_whole():
 # ---- training
 
 
-def test_a_run_is_train_pys(run_jax, run_train, monkeypatch):
-    """The same windows and the same AdamW: 8 devices with 2 micro-batches, and one, with all parameters there."""
+def test_eight_devices_one_and_sharded_parameters_are_train_py(run_jax, whole, run_train, monkeypatch):
+    """The same windows and the same AdamW, with two micro-batches a step or with one."""
     theirs = run_train("--n_layer=1", "--tokens_per_step=128", "--transformer_share=0.0", out="theirs")
-    eight = run_jax("--batch_size=1", out="eight")
-    sharded = run_jax("--batch_size=1", "--shard", out="sharded")
+    sharded = run_jax("--shard", out="sharded")
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
         one = run_jax(out="one")
-    for run in (eight, sharded, one):
+    for run in (whole, sharded, one):
         for key in ("loss", "val_loss", "grad_norm", "lr"):
             expected = records(theirs, key)
             assert len(expected) > 3
             assert records(run, key) == pytest.approx(expected, rel=1e-5), (run.name, key)
 
 
-def test_resume_is_bit_for_bit(run_jax, monkeypatch):
-    whole = run_jax("--batch_size=1")
+def test_resume_is_bit_for_bit(run_jax, whole, monkeypatch):
     lr_at = train.lr_at
 
     def killed(s, step):
@@ -157,9 +166,8 @@ def test_resume_is_bit_for_bit(run_jax, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "lr_at", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_jax("--batch_size=1", out="cut")
-    assert load_checkpoint(whole.parent / "cut")["step"] == 8
-    cut = run_jax("--batch_size=1", "--init_from=auto", out="cut")
+            run_jax("--batch_size=1")
+    cut = run_jax("--batch_size=1", "--init_from=auto")
     a = load_checkpoint(whole)
     b = load_checkpoint(cut)
     assert a["step"] == b["step"] == 12
@@ -170,21 +178,23 @@ def test_resume_is_bit_for_bit(run_jax, monkeypatch):
         assert records(whole, key) == records(cut, key)
 
 
-def test_others_read_its_runs_and_it_theirs(run_jax, run_train, capsys):
-    run = run_jax("--batch_size=1")
-    sample.main([f"--run={run}", "--num_samples=1", "--max_new_tokens=10", "--device=cpu"])
+def test_others_read_its_runs_and_it_theirs(run_jax, whole, run_train, capsys):
+    sample.main([f"--run={whole}", "--num_samples=1", "--max_new_tokens=10", "--device=cpu"])
     assert "step 12, sample 1 of 1" in capsys.readouterr().out
-    look.main([f"--run={run}", "--word=a", "--device=cpu"])
-    started = "--n_layer=1", f"--init_from={run}", "--tokens_per_step=128", "--transformer_share=0.0"
-    theirs = run_train(*started, "--max_iters=4", "--full_val", out="theirs")
-    mine = run_jax(f"--init_from={theirs}", "--max_iters=4", "--full_val", "--eval_interval=4", out="mine")
+    look.main([f"--run={whole}", "--word=a", "--device=cpu"])
+    assert len(capsys.readouterr().out.splitlines()) > 4
+    sizes = "--n_layer=1", "--tokens_per_step=128", "--transformer_share=0.0", "--max_iters=4", "--full_val"
+    theirs = run_train(*sizes, f"--init_from={whole}", out="theirs")
+    mine = run_jax(*sizes, f"--init_from={theirs}", out="mine")
+    for key in ("loss", "val_loss"):
+        assert records(theirs, key)[4] < records(whole, key)[4]
     assert records(mine, "val_loss")[0] == pytest.approx(records(theirs, "val_loss")[4], rel=1e-5)
     with pytest.raises(UserError, match="weights only, which can't go on"):
-        train.main([f"--out_dir={run}", "--init_from=resume", "--max_iters=20"])
+        train.main([f"--out_dir={whole}", "--init_from=resume", "--max_iters=20"])
     with pytest.raises(UserError, match="no run of lab.jax_train"):
         jax_train.main([f"--out_dir={theirs}", "--init_from=resume"])
-    with pytest.raises(UserError, match="run has a run: --init_from=resume"):
-        run_jax()
+    with pytest.raises(UserError, match="mine has a run: --init_from=resume"):
+        run_jax(out="mine")
 
 
 # ---- refused
