@@ -76,7 +76,7 @@ OTHER = {"bias": False, "exact_gelu": True, "inverse_layer_scale": False, "n_qk"
 
 @pytest.mark.parametrize(
     "changes, n_devices",
-    [({}, 8), (LONG, 1), (OTHER, 1), ({"n_sense": 0, "grad_checkpoint": True}, 8)],
+    [({}, 8), (LONG, 1), (OTHER, 1), ({"n_sense": 0, "n_layer": 1, "grad_checkpoint": True}, 8)],
     ids=["plain", "long", "other", "transformer"],
 )
 def test_logits_loss_and_gradients_are_those_of_model_py(changes, n_devices):
@@ -108,15 +108,16 @@ def test_logits_loss_and_gradients_are_those_of_model_py(changes, n_devices):
 
 def test_bfloat16_is_near():
     """Products are in bfloat16, what is kept is not."""
-    model = Backpack(train.network_config(SMALL))
+    s = replace(SMALL, n_layer=1)
+    model = Backpack(train.network_config(s))
     w = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    tokens = np.random.default_rng(1).integers(SMALL.vocab_size, size=100)
+    tokens = np.random.default_rng(1).integers(s.vocab_size, size=100)
     mesh = mesh_of(1)
-    batch = jax_train.load_batch(tokens, np.array([[[0, 17, 40]]]), SMALL, mesh)
+    batch = jax_train.load_batch(tokens, np.array([[[0, 17, 40]]]), s, mesh)
     args = w, *(part[0] for part in batch)
     results = []
     for dtype in ("float32", "bfloat16"):
-        loss = jax_train.make_loss(replace(SMALL, dtype=dtype), mesh)
+        loss = jax_train.make_loss(replace(s, dtype=dtype), mesh)
         results.append(jax.jit(jax.value_and_grad(loss))(*args))
     (loss, grads), (rounded, its_grads) = results
     assert 0 < abs(rounded - loss) < 0.01
@@ -185,7 +186,7 @@ def test_others_read_its_runs_and_it_theirs(run_jax, whole, run_train, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 4
     sizes = "--n_layer=1", "--tokens_per_step=128", "--transformer_share=0.0", "--max_iters=4", "--full_val"
     theirs = run_train(*sizes, f"--init_from={whole}", out="theirs")
-    mine = run_jax(*sizes, f"--init_from={theirs}", out="mine")
+    mine = run_jax(*sizes, "--batch_size=1", f"--init_from={theirs}", out="mine")
     for key in ("loss", "val_loss"):
         assert records(theirs, key)[4] < records(whole, key)[4]
     assert records(mine, "val_loss")[0] == pytest.approx(records(theirs, "val_loss")[4], rel=1e-5)
@@ -193,7 +194,9 @@ def test_others_read_its_runs_and_it_theirs(run_jax, whole, run_train, capsys):
         train.main([f"--out_dir={whole}", "--init_from=resume", "--max_iters=20"])
     with pytest.raises(UserError, match="no run of lab.jax_train"):
         jax_train.main([f"--out_dir={theirs}", "--init_from=resume"])
-    with pytest.raises(UserError, match="mine has a run: --init_from=resume"):
+    with pytest.raises(
+        UserError, match="mine has ckpt.pt and config.json and metrics.jsonl: --init_from=resume"
+    ):
         run_jax(out="mine")
 
 
