@@ -145,7 +145,17 @@ def test_neither_weights_nor_logits_are_whole():
 def test_eight_devices_one_and_sharded_parameters_are_train_py(run_jax, whole, run_train, monkeypatch):
     """The same windows and the same AdamW, with two micro-batches a step or with one."""
     theirs = run_train("--n_layer=1", "--tokens_per_step=128", "--transformer_share=0.0", out="theirs")
-    sharded = run_jax("--shard", out="sharded")
+    shapes = []
+    save = jax_train.save
+
+    def save_and_look(s, w, *args):
+        shapes.append(w["sense_network.mlp_out.proj.weight"].addressable_shards[0].data.shape)
+        save(s, w, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax_train, "save", save_and_look)
+        sharded = run_jax("--batch_size=1", "--shard", out="sharded")
+    assert set(shapes) == {(4 * 16 // 8, 4 * 16)}  # of (K*D,4*D)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
         one = run_jax(out="one")
