@@ -58,8 +58,9 @@ HEEDED = set(
 def refuse_others(s):
     """UserError: a setting that is not heeded is not at its default."""
     others = [f for f in fields(s) if f.name not in HEEDED and getattr(s, f.name) != f.default]
+    names = ", ".join(f.name for f in others)
     flags = " ".join(f"--{f.name}={f.default}" for f in others)
-    check(not others, f"some settings are not for lab.jax_train: go without by {flags}")
+    check(not others, f"lab.jax_train has no {names}: add {flags}")
     check(s.dtype != "float16", "dtype=float16 would need a loss scaler: --dtype=bfloat16")
 
 

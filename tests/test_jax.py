@@ -227,7 +227,7 @@ def test_a_setting_without_effect_is_refused(run_jax, tmp_path):
         freeze: str = ""
 
     jax_train.refuse_others(Later())
-    with pytest.raises(UserError, match="by --freeze=$"):
+    with pytest.raises(UserError, match="has no freeze: add --freeze=$"):
         jax_train.refuse_others(Later(freeze="blocks"))
     with pytest.raises(UserError, match="float16"):
         run_jax("--dtype=float16")
