@@ -29,6 +29,8 @@ def script(words):
     at = words.index("-m") + 1 if "-m" in words else None
     if at is None:
         at = next(i for i, word in enumerate(words) if i and word.endswith(".py"))
+    if words[at] == "lab.jax_train":
+        pytest.importorskip("jax", reason="jax is not installed")
     return importlib.import_module(words[at].removesuffix(".py")), words[at + 1 :]
 
 
