@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,9 @@ import configurator  # isort: skip  # before torch, for which it sets the enviro
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import Dtype, UserError, check, pick_device, pick_dtype
@@ -56,6 +58,7 @@ class Settings(BackpackConfig):
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
+    freeze: str = ""  # modules that don't train, such as wte,wpe,blocks,ln_f, or blocks.0
     transformer_share: float = 0.0  # of the Transformer's own loss at the start, falling to 0 (ours)
     # evaluation and logging
     eval_interval: int = 1000  # steps between evaluations, each with a checkpoint
@@ -187,8 +190,19 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.flatten(0, 1), alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
 
+def freeze(model, names):
+    """Take the modules of these names, separated by commas, out of training. UserError: there is none."""
+    modules = {name: module for name, module in model.named_modules() if list(module.parameters())}
+    there = ", ".join(name for name, _ in model.named_children() if name in modules)
+    for name in names.split(","):
+        check(name and name in modules, f"freeze={names}: no module {name!r}, the network has {there}")
+        modules[name].requires_grad_(False)
+    trains = any(p.requires_grad for p in model.parameters())
+    check(trains, f"freeze={names} leaves nothing to train: the network has {there}")
+
+
 def make_optimizers(model, s):
-    """A list of AdamW and, with muon_lr, of Muon for the matrices."""
+    """A list of AdamW and, with muon_lr, of Muon for the matrices, of those that have something to train."""
     matrices, rest = model.param_groups(s.weight_decay)
     # fused: one kernel for all parameters instead of several for each
     options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": True}
@@ -201,7 +215,8 @@ def make_optimizers(model, s):
         matrices["params"] = [p for p in matrices["params"] if p is not senses]
         if senses.requires_grad:
             groups.append({**matrices, "params": [senses], "blocks": s.n_sense})
-    return [torch.optim.AdamW([rest], **options), Muon(groups, s.muon_lr)]
+    optimizers = [torch.optim.AdamW([rest], **options), Muon(groups, s.muon_lr)]
+    return [o for o in optimizers if any(group["params"] for group in o.param_groups)]
 
 
 def lr_at(s, step):
@@ -271,8 +286,12 @@ def adopt_settings(s, given, ckpt, init, say):
         check(value == ckpt["config"][key], f"{key}={value}, but {init} has {ckpt['config'][key]}")
 
 
-def load_optimizers(optimizers, ckpt, out):
+def load_optimizers(optimizers, ckpt, s):
     """Load the states of a run's optimizers; what the settings say of them holds, the rest goes on."""
+    out = s.out_dir
+    frozen = ckpt["settings"].get("freeze", "")  # a run from before there was a choice has none
+    hint = f"--init_from={out} with another --out_dir starts from its weights"
+    check(s.freeze == frozen, f"freeze={s.freeze!r}, but {out} trains with freeze={frozen!r}: {hint}")
     before = ckpt["optimizer_names"]
     now = [type(optimizer).__name__ for optimizer in optimizers]
     check(before == now, f"{out} was trained by {' and '.join(before)}, not by {' and '.join(now)}")
@@ -344,12 +363,32 @@ def peak_flops(device):
     return None
 
 
-@torch.no_grad()
-def count_flops(model, *batch):
-    """FLOPs of a micro-batch: its forward pass as torch counts it, and twice that for backward."""
+def counted(model, batch):
+    """The FLOPs of a forward pass as torch counts them and, if gradients are enabled, of backward."""
     with FlopCounterMode(display=False) as counter:
-        model(*batch)
-    return 3 * counter.get_total_flops()
+        _, loss = model(*batch)
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def count_flops(model, *batch):
+    """FLOPs of a micro-batch: those of forward and twice that for backward, less what is frozen saves there.
+
+    What backward computes again (the sum of senses, grad_checkpoint) does not count, as usual for MFU.
+    """
+    device = model.wte.weight.device
+    # shapes are enough to count by: FakeTensors have no memory
+    with FakeTensorMode() as fake, device:
+        batch = tree_map_only(torch.Tensor, fake.from_tensor, batch)
+        copy = type(model)(replace(model.config, grad_checkpoint=False))
+        with torch.no_grad():
+            forward = counted(copy, batch)
+        unfrozen = counted(copy, batch)
+        for p, original in zip(copy.parameters(), model.parameters()):
+            p.requires_grad_(original.requires_grad)
+        frozen = counted(copy, batch)
+    return 3 * forward - (unfrozen - frozen)
 
 
 # -----------------------------------------------------------------------------
@@ -467,6 +506,8 @@ def train(argv):
     model = Backpack(config)
     if ckpt:
         model.load_state_dict(ckpt["model"])
+    if s.freeze:
+        freeze(model, s.freeze)  # before the optimizers and DDP look at what trains
     model.to(device)
     net = model
     if s.compile or (s.compile is None and device.type == "cuda"):
@@ -486,13 +527,16 @@ def train(argv):
     best = math.inf
     wandb_id = None
     if resume and not s.eval_only:
-        load_optimizers(optimizers, ckpt, out)
+        load_optimizers(optimizers, ckpt, s)
         if ckpt["scaler"]:  # else the run was not in float16 until now
             scaler.load_state_dict(ckpt["scaler"])
         best = ckpt["best"]
         wandb_id = ckpt["wandb_id"]
     del ckpt  # its memory
     print0(f"{model.num_params():,} parameters on {device} in {dtype}")
+    if s.freeze:
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print0(f"{n_trained:,} of them train, as {s.freeze} is frozen")
     print0(f"{world} ranks x {accum} micro-batches of {B} x {T} tokens")
 
     def all_mean(*figures):
