@@ -90,7 +90,8 @@ def network_config(s):
 
 
 # -----------------------------------------------------------------------------
-# data: train.bin and val.bin are token ids, one after another
+# data: train.bin and val.bin are token ids, one after another; of prompts and answers, train_mask.bin and
+# val_mask.bin have a byte for each id: 1 in an answer and at its end
 
 
 def load_data(folder):
@@ -115,17 +116,43 @@ def load_data(folder):
     return train, val, meta
 
 
-def get_batch(tokens, starts, T, device):
-    """The windows of T tokens that begin at starts (B,): x (B,T), y (B,T), (ids (U,), where (B,T)).
+def load_answers(folder, meta):
+    """The masks of train.bin and of val.bin, memory-mapped; None each, if all tokens are to be learned."""
+    if not meta.get("answers"):
+        return None, None
+    return [np.memmap(folder / f"{split}_mask.bin", np.uint8, "r") for split in ("train", "val")]
 
-    y: the token after each, -100 beyond the end of the text. ids: the distinct tokens of x; where: which
-    of these stands at each position.
+
+def document_starts(answers):
+    """Where prompts begin (n,), of the mask of their answers: at 0, and where an answer is over."""
+    return np.append(0, np.flatnonzero(answers[:-1] > answers[1:]) + 1)
+
+
+def cut_windows(tokens, starts, T, answers=None):
+    """The windows of T tokens that begin at starts (n,): x (n,T), and y (n,T), the token after each.
+
+    y is -100 beyond the end of the text. answers: of prompts and answers the mask; then a window is for
+    one document, and y is -100 beyond it, too, and in its prompt.
     """
     # x and y are one window of T+1 tokens; the last one of a text may reach beyond its end
-    at = starts[:, None] + np.arange(T + 1)  # (B,T+1)
-    window = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
-    x = np.ascontiguousarray(window[:, :-1])
-    y = np.where(at < len(tokens), window, -100)[:, 1:]
+    at = starts[:, None] + np.arange(T + 1)  # (n,T+1)
+    counts = at < len(tokens)
+    at = np.minimum(at, len(tokens) - 1)
+    if answers is not None:
+        is_answer = answers[at] == 1
+        is_over = is_answer[:, :-1] & ~is_answer[:, 1:]  # (n,T)
+        counts &= is_answer
+        counts[:, 1:] &= is_over.cumsum(1) == 0
+    window = tokens[at].astype(np.int64)
+    return window[:, :-1], np.where(counts, window, -100)[:, 1:]
+
+
+def get_batch(tokens, starts, T, device, answers=None):
+    """The windows of cut_windows as tensors on a device: x (B,T), y (B,T), (ids (U,), where (B,T)).
+
+    ids: the distinct tokens of x; where: which of these stands at each position.
+    """
+    x, y = cut_windows(tokens, starts, T, answers)
     # found here, as a GPU would have to be waited for; by counting, which is faster than np.unique
     present = np.bincount(x.ravel()) > 0
     ids = np.flatnonzero(present)
@@ -137,14 +164,14 @@ def get_batch(tokens, starts, T, device):
     return x, y, (ids, where)
 
 
-def count_targets(tokens, starts, T, tokenizer):
+def count_targets(tokens, starts, T, tokenizer, answers=None):
     """How many targets the windows that begin at starts have, and bytes of text (None: unknown)."""
-    ends = np.minimum(starts + T, len(tokens) - 1)
-    n_targets = int((ends - starts).sum())
+    _, y = cut_windows(tokens, starts, T, answers)
+    targets = y[y >= 0]
     n_bytes = tokenizer.byte_counts() if tokenizer else None  # (V,)
     if n_bytes is None:
-        return n_targets, None
-    return n_targets, sum(int(n_bytes[tokens[i + 1 : j + 1]].sum()) for i, j in zip(starts, ends))
+        return len(targets), None
+    return len(targets), int(n_bytes[targets].sum())
 
 
 # -----------------------------------------------------------------------------
@@ -443,7 +470,9 @@ def train(argv):
     check(not s.wandb or find_spec("wandb"), "wandb=True needs the package: pip install wandb")
 
     # ---- data: a step is accum micro-batches of B windows of T tokens on each rank
-    train_data, val_data, meta = load_data(Path(s.data_dir) / s.dataset)
+    folder = Path(s.data_dir) / s.dataset
+    train_data, val_data, meta = load_data(folder)
+    train_answers, val_answers = load_answers(folder, meta)
     if ckpt:
         same_tokenizer = meta["tokenizer"] == ckpt["meta"]["tokenizer"]
         hint = f"prepare it with --tokenizer={init}"
@@ -463,6 +492,12 @@ def train(argv):
     check(accum * B == sequences, f"batch_size={B} must divide the {sequences} sequences of a rank")
     # windows to evaluate on: disjoint, and the same every time, for any number of ranks
     val_starts = np.arange(0, len(val_data) - 1, T)
+    if val_answers is not None:
+        val_starts = document_starts(val_answers)
+        train_starts = document_starts(train_answers)
+        n_long = (np.diff(train_starts, append=len(train_data)) > T + 1).sum()
+        if n_long:
+            print0(f"{n_long:,} of {len(train_starts):,} documents are longer than block_size={T}: cut off")
     n_windows = s.eval_iters * s.tokens_per_step // T
     if not s.full_val and n_windows < len(val_starts):
         val_starts = val_starts[np.linspace(0, len(val_starts) - 1, n_windows).astype(int)]
@@ -471,7 +506,8 @@ def train(argv):
     except UserError as error:  # on a node without a network, GPT-2's may not be there
         print0(f"no bits per byte without the tokenizer: {error}")
         tokenizer = None
-    n_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer)
+    n_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer, val_answers)
+    check(n_targets, f"block_size={T} ends before any answer of {s.dataset} begins")
     # a loss in nats per target, times this, is in bits per byte: comparable whatever the vocabulary
     bits = n_targets / n_bytes / math.log(2) if n_bytes else None
 
@@ -555,7 +591,7 @@ def train(argv):
         for i in range(rank * B, len(val_starts), world * B):
             if stop:
                 break
-            x, y, distinct = get_batch(val_data, val_starts[i : i + B], T, device)
+            x, y, distinct = get_batch(val_data, val_starts[i : i + B], T, device, val_answers)
             with autocast:  # the plain model, as shapes vary here
                 _, loss = model(x, y, distinct)
             total += loss * (y >= 0).sum()
@@ -564,10 +600,18 @@ def train(argv):
         return total * world / n_targets, stopping
 
     def draw(step):
-        """Where the windows of a step begin (accum,world,B), and a seed: a resumed run draws the same."""
+        """Where the windows of a step begin (accum,world,B), how many targets they have, and a seed.
+
+        A resumed run draws the same.
+        """
         rng = np.random.default_rng((s.seed, step))
-        starts = rng.integers(len(train_data) - T, size=(accum, world, B))
-        return starts, int(rng.integers(2**62))
+        if train_answers is None:
+            starts = rng.integers(len(train_data) - T, size=(accum, world, B))
+            n_targets = starts.size * T
+        else:
+            starts = rng.choice(train_starts, size=(accum, world, B))
+            n_targets, _ = count_targets(train_data, starts.ravel(), T, None, train_answers)
+        return starts, n_targets, int(rng.integers(2**62))
 
     def described(val_loss):
         perplexity = math.exp(min(val_loss, 700))  # more would overflow
@@ -624,8 +668,8 @@ def train(argv):
             (out / "config.json").write_text(json.dumps(about, indent=1))
 
     # ---- training loop; its last pass only evaluates and saves
-    starts, dropout_seed = draw(step)
-    batch = get_batch(train_data, starts[0, rank], T, device)
+    starts, n_step, dropout_seed = draw(step)
+    batch = get_batch(train_data, starts[0, rank], T, device, train_answers)
     peak = peak_flops(device)
     flops = None  # of a rank in a step
     if peak:
@@ -682,12 +726,14 @@ def train(argv):
                 net.require_backward_grad_sync = i == accum - 1  # as DDP's no_sync() does
             with autocast:
                 _, loss = net(x, y, distinct, share)
-            scaler.scale(loss / accum).backward()
-            total += loss.detach() / accum
+            # so that every target of the step counts the same; DDP and all_mean take means over ranks
+            loss = loss * ((y >= 0).sum() * (world / max(1, n_step)))
+            scaler.scale(loss).backward()
+            total += loss.detach()
             # the next micro-batch is made while the GPU is busy with this one
             if i == accum - 1:
-                starts, dropout_seed = draw(step + 1)
-            batch = get_batch(train_data, starts[(i + 1) % accum, rank], T, device)
+                starts, n_step, dropout_seed = draw(step + 1)
+            batch = get_batch(train_data, starts[(i + 1) % accum, rank], T, device, train_answers)
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)

@@ -86,10 +86,10 @@ def signal_in_step(monkeypatch, step, *numbers):
         ("SIGTERM", "--muon_lr=0.02"),
         ("SIGINT", "--muon_lr=0"),
         ("SIGHUP", "--freeze=wte,wpe,blocks,ln_f"),
-        ("SIGUSR1", "--freeze=sense_qk"),
+        ("SIGUSR1", "--dataset=pairs"),
     ],
 )
-def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, capsys, name, arg):
+def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, pairs, monkeypatch, capsys, name, arg):
     args = "--dropout=0.1", arg
     whole = run_train(*args)
     with monkeypatch.context() as patch:
@@ -219,8 +219,9 @@ def finish(ranks):
         assert rank.exitcode == 0
 
 
-def test_two_ranks_are_one(run_train, tiny_argv, tmp_path):
-    args = "--muon_lr=0.02", "--freeze=blocks.0"
+def test_two_ranks_are_one(run_train, pairs, tiny_argv, tmp_path):
+    """Also where micro-batches have unlike numbers of targets, and a block is frozen."""
+    args = "--dataset=pairs", "--muon_lr=0.02", "--freeze=blocks.0"
     one = run_train("--batch_size=4", *args)
     finish(start_ranks(tiny_argv("--batch_size=2", *args, out="two"), tmp_path / "log"))
     two = tmp_path / "two"
