@@ -172,15 +172,10 @@ NOT_TEXT = {  # what is refused, with what to do about it; other files must be t
 
 def own_text(settings, files):
     """The user's files. Whole documents are for validation, or where they are few, a part of each."""
-    columns = settings.column.split(",")
-    pairs = len(columns) == 2
     documents = []
     for path in files:
-        if pairs:
-            documents += read_rows(path, columns)
-        else:
-            documents += read_documents(path, settings.documents, settings.column)
-    if len(documents) < 20 and not pairs:
+        documents += read_documents(path, settings.documents, settings.column)
+    if len(documents) < 20 and "," not in settings.column:
         fraction = settings.val_fraction or 0.1
         print(f"fewer than 20 documents: the last {fraction:.0%} of each is for validation")
         train, val = split_each(documents, fraction)
@@ -226,7 +221,12 @@ def suffix(path):
 
 
 def read_documents(path, separator, column="text"):
-    """The documents of a file, without line breaks around them; see Settings for separator and column."""
+    """The documents of a file, without line breaks around them; see Settings for separator and column.
+
+    Of two columns they are pairs of a prompt and an answer, as these are.
+    """
+    if "," in column:
+        return read_rows(path, column.split(","))
     if suffix(path) in ROWS:
         text = END.join(text for (text,) in read_rows(path, [column]))
     else:
@@ -496,8 +496,8 @@ def check_settings(settings, given, is_own):
         if unused.get(key):
             what = f"{key} has no effect on {dataset} with tokenizer={settings.tokenizer}"
             raise UsageError(f"{what}: leave it out, or name your own text by --dataset=NAME")
-    columns = settings.column.split(",")
-    if len(columns) > 2 or (len(columns) == 2 and not is_own):
+    most = 2 if is_own else 1
+    if len(settings.column.split(",")) > most:
         expected = "expected one field, or two of your own files (prompt,answer)"
         raise UsageError(f"column={settings.column!r}: {expected}")
     fraction = settings.val_fraction
@@ -584,8 +584,8 @@ def main(argv):
         spec = given_tokenizer(settings.tokenizer, settings.end_token)
     answers = "," in settings.column
     hint = "--tokenizer=bpe --vocab_size=257 has one, and a token for each byte"
-    ends = spec["kind"] != "char"
-    check(ends or not answers, f"an answer needs a token that ends it, which characters lack: {hint}")
+    fits = not answers or spec["kind"] != "char"
+    check(fits, f"an answer needs a token that ends it, which characters lack: {hint}")
     train, val, about = read(settings, files)
     found = f"found {len(train)} texts for training and {len(val)} for validation"
     check(len(train) and len(val), f"{found}: give more text, or another val_fraction")

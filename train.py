@@ -307,18 +307,17 @@ def adopt_settings(s, given, ckpt, init, say):
         if key not in given:
             setattr(s, key, saved[key])
         elif resume and getattr(s, key) != saved[key]:
-            say(f"resuming with {key}={getattr(s, key)} (until now {saved[key]})")
+            changed = f"{key}={getattr(s, key)} (until now {saved[key]})"
+            hint = f"--init_from={init} with another --out_dir starts from its weights"
+            check(key != "freeze", f"{init} can't go on with {changed}: {hint}")
+            say(f"resuming with {changed}")
     for key in ckpt["config"].keys() - {"dropout", "grad_checkpoint", "init_std"}:
         value = getattr(s, key)
         check(value == ckpt["config"][key], f"{key}={value}, but {init} has {ckpt['config'][key]}")
 
 
-def load_optimizers(optimizers, ckpt, s):
+def load_optimizers(optimizers, ckpt, out):
     """Load the states of a run's optimizers; what the settings say of them holds, the rest goes on."""
-    out = s.out_dir
-    frozen = ckpt["settings"].get("freeze", "")  # a run from before there was a choice has none
-    hint = f"--init_from={out} with another --out_dir starts from its weights"
-    check(s.freeze == frozen, f"freeze={s.freeze!r}, but {out} trains with freeze={frozen!r}: {hint}")
     before = ckpt["optimizer_names"]
     now = [type(optimizer).__name__ for optimizer in optimizers]
     check(before == now, f"{out} was trained by {' and '.join(before)}, not by {' and '.join(now)}")
@@ -563,16 +562,14 @@ def train(argv):
     best = math.inf
     wandb_id = None
     if resume and not s.eval_only:
-        load_optimizers(optimizers, ckpt, s)
+        load_optimizers(optimizers, ckpt, out)
         if ckpt["scaler"]:  # else the run was not in float16 until now
             scaler.load_state_dict(ckpt["scaler"])
         best = ckpt["best"]
         wandb_id = ckpt["wandb_id"]
     del ckpt  # its memory
-    print0(f"{model.num_params():,} parameters on {device} in {dtype}")
-    if s.freeze:
-        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print0(f"{n_trained:,} of them train, as {s.freeze} is frozen")
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print0(f"{model.num_params():,} parameters, of which {n_trained:,} train, on {device} in {dtype}")
     print0(f"{world} ranks x {accum} micro-batches of {B} x {T} tokens")
 
     def all_mean(*figures):

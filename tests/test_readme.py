@@ -128,7 +128,7 @@ def test_the_output_it_shows_is_the_output(monkeypatch, capsys):
 
 def test_the_prompts_and_answers_are_made(tmp_path):
     """By the lines as they stand, but for the end of the range."""
-    made = re.search(r"^python3 -c '(.*)' > numbers.jsonl$", README, re.M)
+    made = re.search(r"^python3 -c '(.*)' > numbers.jsonl", README, re.M)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(made[1].replace("30000", "300"))

@@ -352,7 +352,7 @@ def test_a_run_goes_on_in_another_number_type(run_train):
         (0, "--block_size=4", "block_size=4, but .* has 8"),
         (0, "--muon_lr=0.02", "was trained by AdamW, not by AdamW and Muon"),
         (0.02, "--muon_lr=0", "was trained by AdamW and Muon, not by AdamW"),
-        (0, "--freeze=wte", "freeze='wte', but .*run trains with freeze='': --init_from="),
+        (0, "--freeze=wte", "can't go on with freeze=wte .until now .: --init_from="),
         (0, "--dataset=other", "another tokenizer than .*: prepare it with --tokenizer="),
         (0, "--dataset=nothing", "no dataset at"),
         (0, "--device=cuda:99", "this machine has no such device"),
