@@ -670,8 +670,7 @@ def train(argv):
     peak = peak_flops(device)
     flops = None  # of a rank in a step
     if peak:
-        with autocast:
-            flops = accum * count_flops(model, *batch, share_at(s, 0, device))
+        flops = accum * count_flops(model, *batch, share_at(s, 0, device))
     began = time.time()
     first_step = step
     t0 = began  # since this time and this step tokens/s are measured
