@@ -241,11 +241,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, E, y, vocab_size, with_grad):
         """o (N,D), E (R,D), y (N,) with -100 where no target counts -> the mean loss in nats, a scalar."""
+        with_dE = with_grad and ctx.needs_input_grad[1]  # it is a third of the arithmetic
+        dE = None
         wide = torch.promote_types(o.dtype, torch.float32)
         W = E.to(o.dtype)  # (R,D)
         loss = o.new_zeros((), dtype=wide)
         if with_grad:
             do = torch.empty_like(o)
+        if with_dE:
             dE = torch.zeros_like(E, dtype=wide)
         # about 8M logits at once, but products of enough rows, and for a GPU few of them: compiled, the
         # dE of all chunks wait to be added; many more rows could overflow in float16
@@ -270,6 +273,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 of_target = p.gather(1, target) / norm - 1  # (n,1)
                 p = p.div_(norm).to(o.dtype).scatter_(1, target, of_target.to(o.dtype))
                 torch.mul(p @ W, counts, out=do[i : i + rows])
+            if with_dE:
                 dE += p.T @ (x * counts)
         n_targets = (y >= 0).sum().clamp(min=1)
         if with_grad:
@@ -281,7 +285,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # by create_graph=True; autograd would take do and dE for constants
             raise NotImplementedError("the loss has no second derivative")
         do, dE, n_targets = ctx.saved_tensors
-        return do * (grad / n_targets), dE * (grad / n_targets), None, None, None
+        if dE is not None:
+            dE = dE * (grad / n_targets)
+        return do * (grad / n_targets), dE, None, None, None
 
 
 # -----------------------------------------------------------------------------

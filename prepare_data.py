@@ -11,6 +11,8 @@ Built in are shakespeare_char, shakespeare, tinyshakespeare_char, simplewiki, op
 Your own text is plain text in UTF-8 (each file is a document, unless --documents says otherwise) or .jsonl
 ({"text": ...} on each line), optionally as .gz or .xz, or .parquet; from a folder, its files of these kinds.
 In .jsonl and .parquet --column names the field with the text. <|endoftext|> ends a document, too.
+With --column=prompt,answer a row is a prompt and its answer, and only answers are learned: beside the ids,
+train_mask.bin and val_mask.bin have a byte for each token, 1 in an answer and at its end.
 For a dataset of the Hub, --input=FILE takes its place, and --input=NAME
 or --input=FOLDER is what the datasets library loads instead.
 """
@@ -18,6 +20,7 @@ or --input=FOLDER is what the datasets library loads instead.
 import codecs
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -43,7 +46,7 @@ class Settings:
     tokenizer: str | None = None  # char, gpt2, bpe, a tokenizer.json, or a folder that has a tokenizer
     end_token: str | None = None  # ends a document; None: as its tokenizer_config.json says, or the usual
     vocab_size: int | None = None  # of a bpe; None: 8192, or the built-in's
-    column: str = "text"  # the field with the text, in .jsonl, .parquet and datasets of the Hub
+    column: str = "text"  # the field with the text, or two: prompt,answer; in .jsonl, .parquet, the Hub's
     revision: str | None = None  # of a dataset of the Hub: a branch, a tag or a commit; None: the newest
     documents: str = "file"  # what ends one in plain text: file, blank_line, a regular expression
     val_fraction: float | None = None  # for validation; None: 1%, or 10% if each file is a document
@@ -172,7 +175,7 @@ def own_text(settings, files):
     documents = []
     for path in files:
         documents += read_documents(path, settings.documents, settings.column)
-    if len(documents) < 20:
+    if len(documents) < 20 and "," not in settings.column:
         fraction = settings.val_fraction or 0.1
         print(f"fewer than 20 documents: the last {fraction:.0%} of each is for validation")
         train, val = split_each(documents, fraction)
@@ -218,9 +221,14 @@ def suffix(path):
 
 
 def read_documents(path, separator, column="text"):
-    """The documents of a file, without line breaks around them; see Settings for separator and column."""
+    """The documents of a file, without line breaks around them; see Settings for separator and column.
+
+    Of two columns they are pairs of a prompt and an answer, as these are.
+    """
+    if "," in column:
+        return read_rows(path, column.split(","))
     if suffix(path) in ROWS:
-        text = END.join(read_rows(path, column))
+        text = END.join(text for (text,) in read_rows(path, [column]))
     else:
         text = read_text(path)
         if separator == "blank_line":
@@ -250,27 +258,32 @@ def read_text(path):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_rows(path, column):
-    """The texts in a column of a .parquet or .jsonl; says how many are null, and leaves them out."""
+def read_rows(path, columns):
+    """The texts in these columns of a .parquet or .jsonl, a tuple for each row.
+
+    It leaves out rows where one of them is null, and says how many.
+    """
     texts = []
     try:
         if suffix(path) == ".parquet":
             parquet = require("pyarrow.parquet", str(path))
-            rows = parquet.read_table(path, columns=[column]).to_pylist()
+            rows = parquet.read_table(path, columns=columns).to_pylist()
         else:
             rows = map(json.loads, filter(str.strip, read_text(path).split("\n")))
         for row in rows:
-            text = row[column]
-            if not isinstance(text, str | None):
+            found = tuple(row[column] for column in columns)
+            if not all(isinstance(text, str | None) for text in found):
                 raise TypeError("this is no text")
-            texts.append(text)
+            texts.append(found)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        expected = f'expected {{"{column}": "..."}}'
-        raise UserError(f"{path}, row {len(texts) + 1}: {expected} ({error!r:.100})") from None
-    if None in texts:
-        print(f"{path}: skipped {texts.count(None):,} rows whose text is null")
+        expected = ", ".join(f'"{column}": "..."' for column in columns)
+        what = f"{path}, row {len(texts) + 1}: expected {{{expected}}}"
+        raise UserError(f"{what} ({error!r:.100})") from None
+    whole = [found for found in texts if None not in found]
+    if len(whole) < len(texts):
+        print(f"{path}: skipped {len(texts) - len(whole):,} rows whose text is null")
     # half a surrogate pair, as crawlers leave it, is no character
-    return [re.sub("[\ud800-\udfff]", UNKNOWN, text) for text in texts if text is not None]
+    return [tuple(re.sub("[\ud800-\udfff]", UNKNOWN, text) for text in found) for found in whole]
 
 
 def split_each(documents, fraction):
@@ -293,12 +306,14 @@ def split_whole(documents, fraction):
     """(train, val): a document is for val by a hash of its text, so it stays there when others come."""
     train = []
     val = []
-    for text in documents:
+    for document in documents:
+        # of a prompt and its answer the prompt, so that all answers to it are on the same side
+        text = document if isinstance(document, str) else document[0]
         digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"2357").digest()
         if int.from_bytes(digest, "big") < fraction * 2**64:
-            val.append(text)
+            val.append(document)
         else:
-            train.append(text)
+            train.append(document)
     if not val:
         val.append(train.pop())
     return train, val
@@ -356,6 +371,7 @@ def learn_characters(train, val):
 # the dataset
 
 FILES = ("meta.json", "val.bin", "train.bin")
+MASKS = ("val_mask.bin", "train_mask.bin")  # of prompts and answers
 
 
 def is_made(folder, source):
@@ -376,19 +392,26 @@ def is_made(folder, source):
 def write_dataset(folder, texts, end, tokenizer, num_proc, meta):
     """Write {split: texts} as a dataset; adds the numbers of tokens and of bytes to meta."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f"{name}.partial" for name in FILES}
+    names = (*MASKS, *FILES) if meta["answers"] else FILES
+    partial = {name: folder / f"{name}.partial" for name in names}
     meta["bytes"] = 0
     try:
         for split in texts:
             path = partial[f"{split}.bin"]
-            n_tokens, n_bytes = write_tokens(path, texts[split], end, tokenizer, num_proc)
+            if meta["answers"]:
+                mask_path = partial[f"{split}_mask.bin"]
+                n_tokens, n_bytes = write_pairs(path, mask_path, texts[split], tokenizer)
+            else:
+                n_tokens, n_bytes = write_tokens(path, texts[split], end, tokenizer, num_proc)
             meta[f"{split}_tokens"] = n_tokens
             meta["bytes"] += n_bytes
         partial["meta.json"].write_text(json.dumps(meta))
         # A folder without train.bin is no dataset. So it goes first and comes back last: at any moment
         # the folder holds the old dataset, none, or the new one.
         (folder / "train.bin").unlink(missing_ok=True)
-        for name in FILES:
+        for name in MASKS:
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
             partial[name].replace(folder / name)
     finally:
         for path in partial.values():
@@ -423,6 +446,27 @@ def write_tokens(path, texts, end, tokenizer, num_proc):
     return n_tokens, n_bytes
 
 
+def write_pairs(path, mask_path, pairs, tokenizer):
+    """Write the ids of all prompts and answers, and their mask; returns what write_tokens does."""
+    dtype = token_dtype(tokenizer)
+    n_tokens = 0
+    n_bytes = 0
+    with open(path, "wb") as file, open(mask_path, "wb") as mask:
+        for prompt, answer in tqdm(pairs, path.stem):
+            # apart from each other, as the prompt will stand alone when the model is asked
+            asked = tokenizer.encode(prompt)
+            check(len(asked), f"a prompt has no tokens: {prompt!r}, with the answer {answer!r:.60}")
+            answered = np.append(tokenizer.encode(answer), tokenizer.end)
+            file.write(np.append(asked, answered).astype(dtype).tobytes())
+            mask.write(bytes(len(asked)) + b"\1" * len(answered))
+            n_tokens += len(asked) + len(answered)
+            n_bytes += len(prompt.encode()) + len(answer.encode())
+        for written in (file, mask):
+            written.flush()
+            os.fsync(written.fileno())
+    return n_tokens, n_bytes
+
+
 def token_dtype(tokenizer):
     """The number type of a dataset's ids."""
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -452,6 +496,10 @@ def check_settings(settings, given, is_own):
         if unused.get(key):
             what = f"{key} has no effect on {dataset} with tokenizer={settings.tokenizer}"
             raise UsageError(f"{what}: leave it out, or name your own text by --dataset=NAME")
+    most = 2 if is_own else 1
+    if len(settings.column.split(",")) > most:
+        expected = "expected one field, or two of your own files (prompt,answer)"
+        raise UsageError(f"column={settings.column!r}: {expected}")
     fraction = settings.val_fraction
     if fraction is not None and not 0 < fraction < 1:
         raise UsageError(f"val_fraction={fraction}: expected more than 0 and less than 1")
@@ -462,11 +510,13 @@ def check_settings(settings, given, is_own):
         raise UsageError(f"documents={settings.documents!r}: {error}: {expected}") from None
 
 
-def check_kinds(files, given):
+def check_kinds(files, given, column):
     """UsageError: a setting is for other kinds of files than these."""
     kinds = {suffix(path) in ROWS for path in files}
     if "column" in given and True not in kinds:
         raise UsageError("column has no effect: no input is .jsonl or .parquet")
+    if "," in column and False in kinds:
+        raise UsageError(f"column={column}: expected .jsonl or .parquet, but some input is plain text")
     if "documents" in given and False not in kinds:
         raise UsageError("documents has no effect: in .jsonl and .parquet each row is one")
 
@@ -522,22 +572,28 @@ def main(argv):
     files = []
     if read is own_text:
         files = find_files(settings.input)
-        check_kinds(files, given)
+        check_kinds(files, given, settings.column)
     source = source_of(settings, files)
     folder = Path(settings.data_dir) / settings.dataset
     if not settings.overwrite and is_made(folder, source):
         print(f"{folder} already exists, made with these settings; --overwrite makes it again")
         return
 
+    spec = {"kind": settings.tokenizer}
     if settings.tokenizer not in ("char", "bpe"):
         spec = given_tokenizer(settings.tokenizer, settings.end_token)
+    answers = "," in settings.column
+    hint = "--tokenizer=bpe --vocab_size=257 has one, and a token for each byte"
+    fits = not answers or spec["kind"] != "char"
+    check(fits, f"an answer needs a token that ends it, which characters lack: {hint}")
     train, val, about = read(settings, files)
     found = f"found {len(train)} texts for training and {len(val)} for validation"
     check(len(train) and len(val), f"{found}: give more text, or another val_fraction")
     n_unknown = 0
     if settings.tokenizer == "bpe":
         print("learning the vocabulary")
-        spec = learn_bpe(train, settings.vocab_size)
+        texts = list(itertools.chain(*train)) if answers else train
+        spec = learn_bpe(texts, settings.vocab_size)
     elif settings.tokenizer == "char":
         spec, val, n_unknown = learn_characters(train, val)
     tokenizer = load_tokenizer(spec)
@@ -548,6 +604,7 @@ def main(argv):
         "vocab_size": tokenizer.vocab_size,
         **about,
         "unknown_characters": n_unknown,
+        "answers": answers,  # whether documents are prompts and answers, and have masks
         "source": source,
     }
     # the classic file is one text without an end, cut in two

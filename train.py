@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,9 @@ import configurator  # isort: skip  # before torch, for which it sets the enviro
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import Dtype, UserError, check, pick_device, pick_dtype
@@ -56,6 +58,7 @@ class Settings(BackpackConfig):
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
+    freeze: str = ""  # modules that don't train, such as wte,wpe,blocks,ln_f, or blocks.0
     transformer_share: float = 0.0  # of the Transformer's own loss at the start, falling to 0 (ours)
     # evaluation and logging
     eval_interval: int = 1000  # steps between evaluations, each with a checkpoint
@@ -87,7 +90,8 @@ def network_config(s):
 
 
 # -----------------------------------------------------------------------------
-# data: train.bin and val.bin are token ids, one after another
+# data: train.bin and val.bin are token ids, one after another; of prompts and answers, train_mask.bin and
+# val_mask.bin have a byte for each id: 1 in an answer and at its end
 
 
 def load_data(folder):
@@ -112,17 +116,43 @@ def load_data(folder):
     return train, val, meta
 
 
-def get_batch(tokens, starts, T, device):
-    """The windows of T tokens that begin at starts (B,): x (B,T), y (B,T), (ids (U,), where (B,T)).
+def load_answers(folder, meta):
+    """The masks of train.bin and of val.bin, memory-mapped; None each, if all tokens are to be learned."""
+    if not meta.get("answers"):
+        return None, None
+    return [np.memmap(folder / f"{split}_mask.bin", np.uint8, "r") for split in ("train", "val")]
 
-    y: the token after each, -100 beyond the end of the text. ids: the distinct tokens of x; where: which
-    of these stands at each position.
+
+def document_starts(answers):
+    """Where prompts begin (n,), of the mask of their answers: at 0, and where an answer is over."""
+    return np.append(0, np.flatnonzero(answers[:-1] > answers[1:]) + 1)
+
+
+def cut_windows(tokens, starts, T, answers=None):
+    """The windows of T tokens that begin at starts (n,): x (n,T), and y (n,T), the token after each.
+
+    y is -100 beyond the end of the text. answers: of prompts and answers the mask; then a window is for
+    one document, and y is -100 beyond it, too, and in its prompt.
     """
     # x and y are one window of T+1 tokens; the last one of a text may reach beyond its end
-    at = starts[:, None] + np.arange(T + 1)  # (B,T+1)
-    window = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
-    x = np.ascontiguousarray(window[:, :-1])
-    y = np.where(at < len(tokens), window, -100)[:, 1:]
+    at = starts[:, None] + np.arange(T + 1)  # (n,T+1)
+    counts = at < len(tokens)
+    at = np.minimum(at, len(tokens) - 1)
+    if answers is not None:
+        is_answer = answers[at] == 1
+        is_over = is_answer[:, :-1] & ~is_answer[:, 1:]  # (n,T)
+        counts &= is_answer
+        counts[:, 1:] &= is_over.cumsum(1) == 0
+    window = tokens[at].astype(np.int64)
+    return window[:, :-1], np.where(counts, window, -100)[:, 1:]
+
+
+def get_batch(tokens, starts, T, device, answers=None):
+    """The windows of cut_windows as tensors on a device: x (B,T), y (B,T), (ids (U,), where (B,T)).
+
+    ids: the distinct tokens of x; where: which of these stands at each position.
+    """
+    x, y = cut_windows(tokens, starts, T, answers)
     # found here, as a GPU would have to be waited for; by counting, which is faster than np.unique
     present = np.bincount(x.ravel()) > 0
     ids = np.flatnonzero(present)
@@ -134,14 +164,14 @@ def get_batch(tokens, starts, T, device):
     return x, y, (ids, where)
 
 
-def count_targets(tokens, starts, T, tokenizer):
+def count_targets(tokens, starts, T, tokenizer, answers=None):
     """How many targets the windows that begin at starts have, and bytes of text (None: unknown)."""
-    ends = np.minimum(starts + T, len(tokens) - 1)
-    n_targets = int((ends - starts).sum())
+    _, y = cut_windows(tokens, starts, T, answers)
+    targets = y[y >= 0]
     n_bytes = tokenizer.byte_counts() if tokenizer else None  # (V,)
     if n_bytes is None:
-        return n_targets, None
-    return n_targets, sum(int(n_bytes[tokens[i + 1 : j + 1]].sum()) for i, j in zip(starts, ends))
+        return len(targets), None
+    return len(targets), int(n_bytes[targets].sum())
 
 
 # -----------------------------------------------------------------------------
@@ -187,8 +217,19 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.flatten(0, 1), alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
 
+def freeze(model, names):
+    """Take the modules of these names, separated by commas, out of training. UserError: there is none."""
+    modules = {name: module for name, module in model.named_modules() if list(module.parameters())}
+    there = ", ".join(name for name, _ in model.named_children() if name in modules)
+    for name in names.split(","):
+        check(name and name in modules, f"freeze={names}: no module {name!r}, the network has {there}")
+        modules[name].requires_grad_(False)
+    trains = any(p.requires_grad for p in model.parameters())
+    check(trains, f"freeze={names} leaves nothing to train: the network has {there}")
+
+
 def make_optimizers(model, s):
-    """A list of AdamW and, with muon_lr, of Muon for the matrices."""
+    """A list of AdamW and, with muon_lr, of Muon for the matrices, of those that have something to train."""
     matrices, rest = model.param_groups(s.weight_decay)
     # fused: one kernel for all parameters instead of several for each
     options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": True}
@@ -201,7 +242,8 @@ def make_optimizers(model, s):
         matrices["params"] = [p for p in matrices["params"] if p is not senses]
         if senses.requires_grad:
             groups.append({**matrices, "params": [senses], "blocks": s.n_sense})
-    return [torch.optim.AdamW([rest], **options), Muon(groups, s.muon_lr)]
+    optimizers = [torch.optim.AdamW([rest], **options), Muon(groups, s.muon_lr)]
+    return [o for o in optimizers if any(group["params"] for group in o.param_groups)]
 
 
 def lr_at(s, step):
@@ -265,7 +307,10 @@ def adopt_settings(s, given, ckpt, init, say):
         if key not in given:
             setattr(s, key, saved[key])
         elif resume and getattr(s, key) != saved[key]:
-            say(f"resuming with {key}={getattr(s, key)} (until now {saved[key]})")
+            changed = f"{key}={getattr(s, key)} (until now {saved[key]})"
+            hint = f"--init_from={init} with another --out_dir starts from its weights"
+            check(key != "freeze", f"{init} can't go on with {changed}: {hint}")
+            say(f"resuming with {changed}")
     for key in ckpt["config"].keys() - {"dropout", "grad_checkpoint", "init_std"}:
         value = getattr(s, key)
         check(value == ckpt["config"][key], f"{key}={value}, but {init} has {ckpt['config'][key]}")
@@ -344,12 +389,32 @@ def peak_flops(device):
     return None
 
 
-@torch.no_grad()
-def count_flops(model, *batch):
-    """FLOPs of a micro-batch: its forward pass as torch counts it, and twice that for backward."""
+def counted(model, batch):
+    """The FLOPs of a forward pass as torch counts them and, if gradients are enabled, of backward."""
     with FlopCounterMode(display=False) as counter:
-        model(*batch)
-    return 3 * counter.get_total_flops()
+        _, loss = model(*batch)
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def count_flops(model, *batch):
+    """FLOPs of a micro-batch: those of forward and twice that for backward, less what is frozen saves there.
+
+    What backward computes again (the sum of senses, grad_checkpoint) does not count, as usual for MFU.
+    """
+    device = model.wte.weight.device
+    # shapes are enough to count by: FakeTensors have no memory
+    with FakeTensorMode() as fake, device:
+        batch = tree_map_only(torch.Tensor, fake.from_tensor, batch)
+        copy = type(model)(replace(model.config, grad_checkpoint=False))
+        with torch.no_grad():
+            forward = counted(copy, batch)
+        unfrozen = counted(copy, batch)
+        for p, original in zip(copy.parameters(), model.parameters()):
+            p.requires_grad_(original.requires_grad)
+        frozen = counted(copy, batch)
+    return 3 * forward - (unfrozen - frozen)
 
 
 # -----------------------------------------------------------------------------
@@ -404,7 +469,9 @@ def train(argv):
     check(not s.wandb or find_spec("wandb"), "wandb=True needs the package: pip install wandb")
 
     # ---- data: a step is accum micro-batches of B windows of T tokens on each rank
-    train_data, val_data, meta = load_data(Path(s.data_dir) / s.dataset)
+    folder = Path(s.data_dir) / s.dataset
+    train_data, val_data, meta = load_data(folder)
+    train_answers, val_answers = load_answers(folder, meta)
     if ckpt:
         same_tokenizer = meta["tokenizer"] == ckpt["meta"]["tokenizer"]
         hint = f"prepare it with --tokenizer={init}"
@@ -424,6 +491,12 @@ def train(argv):
     check(accum * B == sequences, f"batch_size={B} must divide the {sequences} sequences of a rank")
     # windows to evaluate on: disjoint, and the same every time, for any number of ranks
     val_starts = np.arange(0, len(val_data) - 1, T)
+    if val_answers is not None:
+        val_starts = document_starts(val_answers)
+        train_starts = document_starts(train_answers)
+        n_long = (np.diff(train_starts, append=len(train_data)) > T + 1).sum()
+        if n_long:
+            print0(f"{n_long:,} of {len(train_starts):,} documents are longer than block_size={T}: cut off")
     n_windows = s.eval_iters * s.tokens_per_step // T
     if not s.full_val and n_windows < len(val_starts):
         val_starts = val_starts[np.linspace(0, len(val_starts) - 1, n_windows).astype(int)]
@@ -432,7 +505,8 @@ def train(argv):
     except UserError as error:  # on a node without a network, GPT-2's may not be there
         print0(f"no bits per byte without the tokenizer: {error}")
         tokenizer = None
-    n_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer)
+    n_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer, val_answers)
+    check(n_targets, f"block_size={T} ends before any answer of {s.dataset} begins")
     # a loss in nats per target, times this, is in bits per byte: comparable whatever the vocabulary
     bits = n_targets / n_bytes / math.log(2) if n_bytes else None
 
@@ -467,6 +541,8 @@ def train(argv):
     model = Backpack(config)
     if ckpt:
         model.load_state_dict(ckpt["model"])
+    if s.freeze:
+        freeze(model, s.freeze)  # before the optimizers and DDP look at what trains
     model.to(device)
     net = model
     if s.compile or (s.compile is None and device.type == "cuda"):
@@ -492,7 +568,8 @@ def train(argv):
         best = ckpt["best"]
         wandb_id = ckpt["wandb_id"]
     del ckpt  # its memory
-    print0(f"{model.num_params():,} parameters on {device} in {dtype}")
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print0(f"{model.num_params():,} parameters, of which {n_trained:,} train, on {device} in {dtype}")
     print0(f"{world} ranks x {accum} micro-batches of {B} x {T} tokens")
 
     def all_mean(*figures):
@@ -511,7 +588,7 @@ def train(argv):
         for i in range(rank * B, len(val_starts), world * B):
             if stop:
                 break
-            x, y, distinct = get_batch(val_data, val_starts[i : i + B], T, device)
+            x, y, distinct = get_batch(val_data, val_starts[i : i + B], T, device, val_answers)
             with autocast:  # the plain model, as shapes vary here
                 _, loss = model(x, y, distinct)
             total += loss * (y >= 0).sum()
@@ -520,10 +597,18 @@ def train(argv):
         return total * world / n_targets, stopping
 
     def draw(step):
-        """Where the windows of a step begin (accum,world,B), and a seed: a resumed run draws the same."""
+        """Where the windows of a step begin (accum,world,B), how many targets they have, and a seed.
+
+        A resumed run draws the same.
+        """
         rng = np.random.default_rng((s.seed, step))
-        starts = rng.integers(len(train_data) - T, size=(accum, world, B))
-        return starts, int(rng.integers(2**62))
+        if train_answers is None:
+            starts = rng.integers(len(train_data) - T, size=(accum, world, B))
+            n_targets = starts.size * T
+        else:
+            starts = rng.choice(train_starts, size=(accum, world, B))
+            n_targets, _ = count_targets(train_data, starts.ravel(), T, None, train_answers)
+        return starts, n_targets, int(rng.integers(2**62))
 
     def described(val_loss):
         perplexity = math.exp(min(val_loss, 700))  # more would overflow
@@ -580,13 +665,12 @@ def train(argv):
             (out / "config.json").write_text(json.dumps(about, indent=1))
 
     # ---- training loop; its last pass only evaluates and saves
-    starts, dropout_seed = draw(step)
-    batch = get_batch(train_data, starts[0, rank], T, device)
+    starts, n_step, dropout_seed = draw(step)
+    batch = get_batch(train_data, starts[0, rank], T, device, train_answers)
     peak = peak_flops(device)
     flops = None  # of a rank in a step
     if peak:
-        with autocast:
-            flops = accum * count_flops(model, *batch, share_at(s, 0, device))
+        flops = accum * count_flops(model, *batch, share_at(s, 0, device))
     began = time.time()
     first_step = step
     t0 = began  # since this time and this step tokens/s are measured
@@ -638,12 +722,14 @@ def train(argv):
                 net.require_backward_grad_sync = i == accum - 1  # as DDP's no_sync() does
             with autocast:
                 _, loss = net(x, y, distinct, share)
-            scaler.scale(loss / accum).backward()
-            total += loss.detach() / accum
+            # so that every target of the step counts the same; DDP and all_mean take means over ranks
+            loss = loss * ((y >= 0).sum() * (world / max(1, n_step)))
+            scaler.scale(loss).backward()
+            total += loss.detach()
             # the next micro-batch is made while the GPU is busy with this one
             if i == accum - 1:
-                starts, dropout_seed = draw(step + 1)
-            batch = get_batch(train_data, starts[(i + 1) % accum, rank], T, device)
+                starts, n_step, dropout_seed = draw(step + 1)
+            batch = get_batch(train_data, starts[(i + 1) % accum, rank], T, device, train_answers)
 
         for optimizer in optimizers:
             scaler.unscale_(optimizer)

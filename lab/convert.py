@@ -5,6 +5,7 @@ Weights in and out: published Backpacks and GPT-2 become runs; runs become folde
     python -m lab.convert --source=gpt2-small-flash-fp16.ckpt --dest=out/gpt2_authors    the authors' files
     python -m lab.convert --source=openai-community/gpt2 --dest=out/gpt2                 a plain Transformer
     python -m lab.convert --source=openai-community/gpt2 --dest=out/gpt2_senses --n_sense=16  to train
+    python -m lab.convert --source=out/my_transformer --dest=out/senses --n_sense=16     the same of a run
     python -m lab.convert --source=nanoGPT/out/ckpt.pt --dest=out/mine                   nanoGPT's
     python -m lab.convert --source=out/my_run --dest=small                               weights to share
     python -m lab.convert --source=pretrained/simplewiki --to=hf --dest=folder           for transformers
@@ -53,7 +54,7 @@ class Settings:
     to: Target = "run"  # or hf, for transformers, or a published layout: see layout
     layout: Layout = "auto"  # auto, backpack-gpt2, levanter, gpt2, nanogpt, lightning, lightning-gpt2, hf
     n_head: int | None = None  # None: from config.json, or from the known sizes
-    n_sense: int = 0  # of a plain GPT-2: add so many new senses per token, to be trained
+    n_sense: int = 0  # of a plain Transformer: add so many new senses per token, to be trained
     tokenizer: str = "auto"  # auto (the source's, or GPT-2's by its size), none, or as in prepare_data.py
     end_token: str | None = None  # of a tokenizer.json: the token that ends a document
     dtype: Type = "auto"  # keep, float32, float16, bfloat16; auto: keep, but float16 run to run
@@ -359,6 +360,20 @@ def find_tokenizer(s, path, size):
     return {"kind": "gpt2"}
 
 
+def add_senses(ckpt, s):
+    """Give the checkpoint of a run without senses s.n_sense new ones. UserError: it has some."""
+    has = ckpt["config"]["n_sense"]
+    check(not has, f"n_sense={s.n_sense} is for a Transformer, but {s.source} has {has} senses already")
+    try:
+        config = BackpackConfig(**ckpt["config"] | {"n_sense": s.n_sense})
+    except ValueError as error:
+        raise UserError(f"{s.source}: {error}") from None
+    ckpt["model"] = fit(ckpt["model"], config, s)
+    ckpt["config"] = asdict(config)
+    ckpt["settings"] = {}  # of the Transformer's training, as the step was
+    ckpt["step"] = 0
+
+
 # -----------------------------------------------------------------------------
 # writing
 
@@ -404,12 +419,15 @@ def main(argv):
     check_dest(s)
     dtype = s.dtype
     if is_run(s.source):
-        fixed = ("layout", "n_head", "n_sense", "tokenizer", "end_token", "trust_pickle", "revision")
+        fixed = ("layout", "n_head", "tokenizer", "end_token", "trust_pickle", "revision")
         for key in fixed:
             check(key not in given, f"{s.source} is a run: --{key} can't change it")
         ckpt, metrics = read_run(s.source)
         edits = []
-        if dtype == "auto" and s.to == "run":
+        if s.n_sense:
+            add_senses(ckpt, s)
+            metrics = []  # which are the Transformer's
+        elif dtype == "auto" and s.to == "run":
             dtype = "float16"
     else:
         ckpt, edits = read_weights(s)

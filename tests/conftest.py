@@ -49,6 +49,17 @@ def data_dir(tmp_path_factory):
     return make_dataset(folder, "tiny", lines(300), "--tokenizer=char", "--val_fraction=0.1")
 
 
+@pytest.fixture(scope="session")
+def pairs(data_dir):
+    """The dataset data_dir/pairs, of prompts like 12+50= and answers like 62; a token is a byte."""
+    rows = [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(0, 100, 3) for j in (2, 50, 99)]
+    (data_dir / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = [f"--data_dir={data_dir}", "--dataset=pairs", f"--input={data_dir / 'sums.jsonl'}"]
+    bpe = ["--tokenizer=bpe", "--vocab_size=257", "--column=prompt,answer"]
+    prepare_data.main([*where, *bpe, "--val_fraction=0.1"])
+    return data_dir / "pairs"
+
+
 @pytest.fixture
 def tiny_argv(data_dir, tmp_path):
     """tiny_argv(*args, out="run"): the command line of a tiny run in tmp_path/out."""

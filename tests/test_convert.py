@@ -206,10 +206,27 @@ def test_a_copy_to_share_has_weights_only(run_train, tmp_path):
     for key in ("config", "settings", "step", "meta"):
         assert ours[key] == ckpt[key]
     assert records(tmp_path / "copy", "val_loss").keys() == {0, 4, 8, 12}
-    with pytest.raises(UserError, match="run is a run: --n_sense can't change it"):
+    with pytest.raises(UserError, match="run is a run: --n_head can't change it"):
+        convert.main([f"--source={run}", f"--dest={tmp_path / 'c'}", "--n_head=3"])
+    with pytest.raises(UserError, match="n_sense=3 is for a Transformer, but .*run has 4 senses already"):
         convert.main([f"--source={run}", f"--dest={tmp_path / 'c'}", "--n_sense=3"])
     with pytest.raises(UserError, match="is the folder of the source"):
         convert.main([f"--source={run / 'ckpt.pt'}", f"--dest={run}"])
+
+
+def test_new_senses_on_a_transformer_of_ours_train_while_it_is_frozen(run_train, tmp_path):
+    run = run_train("--n_sense=0")
+    senses = tmp_path / "senses"
+    convert.main([f"--source={run}", f"--dest={senses}", "--n_sense=4"])
+    below = load_checkpoint(run)["model"]
+    start = load_checkpoint(senses)["model"]
+    frozen = "--freeze=wte,wpe,blocks,ln_f"
+    ckpt = load_checkpoint(run_train(f"--init_from={senses}", "--n_sense=4", frozen, out="tuned"))
+    for name, p in ckpt["model"].items():
+        assert torch.equal(p, below[name] if name in below else start[name]) == (name in below), name
+    n_trained = sum(p.numel() for name, p in ckpt["model"].items() if name not in below)
+    moments = ckpt["optimizer"][0]["state"].values()
+    assert sum(state["exp_avg"].numel() for state in moments) == n_trained
 
 
 def test_nothing_is_replaced_unasked(tmp_path):

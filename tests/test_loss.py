@@ -124,6 +124,24 @@ def test_no_target_is_a_loss_of_0():
     assert not any(p.grad.any() for p in model.parameters())
 
 
+def test_a_frozen_embedding_costs_no_gradient():
+    """Those of all others stay, and its own is not computed, where forward would take it."""
+    model = build()
+    x = ids(2, 6)
+    model(x, x)[1].backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.wte.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none):
+        model.loss(torch.ones(2, 6, 24, requires_grad=True), x)
+    assert [tensor.shape for tensor in kept] == [(12, 24), ()]  # the gradient of o, the number of targets
+    model(x, x)[1].backward()
+    assert model.wte.weight.grad is None
+    for name, p in model.named_parameters():
+        assert name == "wte.weight" or torch.equal(p.grad, want[name]), name
+
+
 def test_a_second_derivative_raises():
     """The first is computed by hand, so autograd can't know the second."""
     model = build()

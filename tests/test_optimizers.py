@@ -86,3 +86,13 @@ def test_frozen_weights_are_passed_over():
     blocks, rest = trained(model)
     assert "sense_qk.weight" in blocks
     assert not any(name.startswith("sense_network") for name in [*blocks, *rest])
+
+
+@pytest.mark.parametrize("trains, names", [("sense_qk", ["Muon"]), ("wpe", ["AdamW"])])
+def test_an_optimizer_without_weights_is_none(trains, names):
+    """A GradScaler would miss its gradients."""
+    model = build(bias=False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(trains))
+    optimizers = make_optimizers(model, Settings(n_sense=3, muon_lr=0.01))
+    assert [type(optimizer).__name__ for optimizer in optimizers] == names

@@ -1,6 +1,8 @@
 """README.md and lab/README.md: their commands, names, links, outputs and Python example are true."""
 
+import contextlib
 import importlib
+import io
 import re
 import shlex
 
@@ -8,6 +10,8 @@ import pytest
 from conftest import ROOT
 
 from configurator import configure
+from tokenizer import load_tokenizer
+from train import load_data
 
 README = (ROOT / "README.md").read_text()
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md")}
@@ -122,6 +126,24 @@ def test_the_output_it_shows_is_the_output(monkeypatch, capsys):
             assert words in [re.sub(r"[-+]?\d+\.\d+", "", other) for other in printed], line
             shown += 1
     assert shown > 10
+
+
+def test_the_prompts_and_answers_are_made(tmp_path):
+    """By the lines as they stand, but for the end of the range."""
+    made = re.search(r"^python3 -c '(.*)' > numbers.jsonl", README, re.M)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(made[1].replace("30000", "300"))
+    (tmp_path / "numbers.jsonl").write_text(printed.getvalue())
+    (command,) = [words for words in commands(README) if "--input=numbers.jsonl" in words]
+    module, args = script(command)
+    args[args.index("--input=numbers.jsonl")] = f"--input={tmp_path / 'numbers.jsonl'}"
+    module.main([*args, f"--data_dir={tmp_path}"])
+    _, val, meta = load_data(tmp_path / "backwards")
+    documents = load_tokenizer(meta["tokenizer"]).decode(val).split("<|endoftext|>")[:-1]
+    for document in documents:
+        number, answer = document.split(" backwards is ")
+        assert answer == number[::-1]
 
 
 def test_the_python_example_runs(monkeypatch, capsys):

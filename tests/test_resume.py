@@ -81,10 +81,16 @@ def signal_in_step(monkeypatch, step, *numbers):
 
 
 @pytest.mark.parametrize(
-    "name, muon_lr", [("SIGTERM", 0.02), ("SIGINT", 0), ("SIGHUP", 0.02), ("SIGUSR1", 0)]
+    "name, arg",
+    [
+        ("SIGTERM", "--muon_lr=0.02"),
+        ("SIGINT", "--muon_lr=0"),
+        ("SIGHUP", "--freeze=wte,wpe,blocks,ln_f"),
+        ("SIGUSR1", "--dataset=pairs"),
+    ],
 )
-def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, monkeypatch, capsys, name, muon_lr):
-    args = "--dropout=0.1", f"--muon_lr={muon_lr}"
+def test_a_signal_saves_and_resume_is_bit_for_bit(run_train, pairs, monkeypatch, capsys, name, arg):
+    args = "--dropout=0.1", arg
     whole = run_train(*args)
     with monkeypatch.context() as patch:
         signal_in_step(patch, 5, signal.Signals[name])
@@ -213,9 +219,11 @@ def finish(ranks):
         assert rank.exitcode == 0
 
 
-def test_two_ranks_are_one(run_train, tiny_argv, tmp_path):
-    one = run_train("--batch_size=4", "--muon_lr=0.02")
-    finish(start_ranks(tiny_argv("--batch_size=2", "--muon_lr=0.02", out="two"), tmp_path / "log"))
+def test_two_ranks_are_one(run_train, pairs, tiny_argv, tmp_path):
+    """Also where micro-batches have unlike numbers of targets, and a block is frozen."""
+    args = "--dataset=pairs", "--muon_lr=0.02", "--freeze=blocks.0"
+    one = run_train("--batch_size=4", *args)
+    finish(start_ranks(tiny_argv("--batch_size=2", *args, out="two"), tmp_path / "log"))
     two = tmp_path / "two"
     printed = (tmp_path / "log.0").read_text()
     assert "2 ranks x 2 micro-batches" in printed
@@ -344,6 +352,7 @@ def test_a_run_goes_on_in_another_number_type(run_train):
         (0, "--block_size=4", "block_size=4, but .* has 8"),
         (0, "--muon_lr=0.02", "was trained by AdamW, not by AdamW and Muon"),
         (0.02, "--muon_lr=0", "was trained by AdamW and Muon, not by AdamW"),
+        (0, "--freeze=wte", "can't go on with freeze=wte .until now .: --init_from="),
         (0, "--dataset=other", "another tokenizer than .*: prepare it with --tokenizer="),
         (0, "--dataset=nothing", "no dataset at"),
         (0, "--device=cuda:99", "this machine has no such device"),

@@ -151,12 +151,13 @@ def test_autocast_trains(run_train, dtype):
 
 def test_compile_trains_with_one_graph(run_train, monkeypatch):
     """COMPILE=inductor compiles in earnest, which takes a CPU a minute."""
-    exact = run_train("--batch_size=2", "--max_iters=6")
+    args = "--batch_size=2", "--max_iters=6", "--freeze=wte,blocks.0"
+    exact = run_train(*args)
     backend = os.environ.get("COMPILE", "aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    out = run_train("--batch_size=2", "--max_iters=6", "--compile=True", out="compiled")
+    out = run_train(*args, "--compile=True", out="compiled")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert records(out, "loss") == pytest.approx(records(exact, "loss"), rel=1e-4)
     assert load_checkpoint(out)["model"].keys() == load_checkpoint(exact)["model"].keys()
@@ -207,28 +208,54 @@ def test_eval_only_writes_nothing(run_train, capsys):
 
 
 def flops_by_hand(c, T, n_distinct):
-    """2 FLOPs for each number of a matrix and each row that it multiplies; all pairs of positions."""
+    """Those of forward, by parts: 2 for each number of a matrix and each row that it multiplies."""
     D = c.n_embd
     K = c.n_sense
-    blocks = c.n_layer * T * (3 * D * D + D * D + 8 * D * D)
-    attention = c.n_layer * T * T * 2 * D
-    logits = T * D * math.ceil(c.vocab_size / 8) * 8
-    if not K:
-        return 2 * (blocks + attention + logits)
-    query_key = T * D * 2 * D
-    senses = n_distinct * (4 * D * D + 4 * D * D + D * 4 * D + 4 * D * K * D)
-    weights_and_sum = K * T * T * (D // K + D)
-    return 2 * (blocks + attention + logits + query_key + senses + weights_and_sum)
+    parts = {
+        "blocks": c.n_layer * T * (3 * D * D + D * D + 8 * D * D),
+        "attention": c.n_layer * T * T * 2 * D,  # of all pairs of positions
+        "logits": T * D * math.ceil(c.vocab_size / 8) * 8,
+    }
+    if K:
+        parts["query_key"] = T * D * 2 * D
+        parts["senses"] = n_distinct * (4 * D * D + 4 * D * D + D * 4 * D + 4 * D * K * D)
+        parts["weights_and_sum"] = K * T * T * (D // K + D)
+    return {name: 2 * n for name, n in parts.items()}
 
 
-@pytest.mark.parametrize("n_sense", [0, 4])
-def test_flops_are_those_counted_by_hand(n_sense):
-    """Backward takes twice what forward takes."""
-    c = BackpackConfig(16, 61, n_layer=2, n_head=2, n_embd=24, n_sense=n_sense)
+@pytest.mark.parametrize(
+    "n_sense, frozen, saved",
+    [
+        (0, "wte", ["logits"]),
+        (4, "", []),
+        # a weight that is frozen has no gradient, and nothing below has one if nothing below trains
+        (4, "wte,wpe,blocks,ln_f", ["logits", "blocks", "blocks", "attention", "attention", "query_key"]),
+        (4, "wpe,sense_network,sense_qk", ["senses", "query_key"]),
+    ],
+)
+def test_flops_are_those_counted_by_hand(n_sense, frozen, saved):
+    """Backward takes twice what forward takes: the gradient of each matrix and of each input."""
+    c = BackpackConfig(16, 61, n_layer=1, n_head=2, n_embd=24, n_sense=n_sense, grad_checkpoint=True)
+    model = Backpack(c)
+    if frozen:
+        train.freeze(model, frozen)
     x = torch.arange(16)[None] // 2  # 8 tokens are distinct
     batch = x, x, x.unique(return_inverse=True)
+    parts = flops_by_hand(c, 16, 8)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert train.count_flops(Backpack(c), *batch, None) == 3 * flops_by_hand(c, 16, 8)
+        counted = train.count_flops(model, *batch, None)
+    assert counted == 3 * sum(parts.values()) - sum(parts[name] for name in saved)
+
+
+def test_flops_have_nothing_that_is_computed_again():
+    """The sum of 200 positions is two blocks of queries, and the first has 128 keys."""
+    c = BackpackConfig(200, 61, n_layer=1, n_head=2, n_embd=24, n_sense=4)
+    x = torch.arange(200)[None] % 61
+    parts = flops_by_hand(c, 200, 61)
+    parts["weights_and_sum"] = 2 * 4 * (128 * 128 + 72 * 200) * (6 + 24)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        counted = train.count_flops(Backpack(c), x, x, x.unique(return_inverse=True), None)
+    assert counted == 3 * sum(parts.values())
 
 
 @pytest.mark.parametrize(
@@ -438,6 +465,11 @@ def test_a_tokenizer_that_is_not_there_costs_only_the_bits_per_byte(run_train, m
         ("--device=cuda:99", "device='cuda:99': this machine has no such device"),
         ("--dtype=int8", "dtype='int8' in --dtype=int8: expected auto or float32 or"),
         ("--schedule=linaer", "expected linear or cosine"),
+        (
+            "--freeze=wte,block",
+            "no module 'block', the network has wte, wpe, blocks, ln_f, sense_network, sense_qk",
+        ),
+        ("--n_sense=0 --freeze=wte,wpe,blocks,ln_f", "leaves nothing to train: the network has wte, wpe"),
         ("--n_layers=3", "did you mean 'n_layer'"),
         ("--init_from=nowhere", "no checkpoint at nowhere"),
         ("--init_from=resume", "no checkpoint at"),
