@@ -164,6 +164,17 @@ def get_batch(tokens, starts, T, device, answers=None):
     return x, y, (ids, where)
 
 
+def evaluation_starts(s, n_tokens, answers=None):
+    """Where the windows to evaluate on begin (n,): disjoint, and the same for any number of ranks."""
+    starts = np.arange(0, n_tokens - 1, s.block_size)
+    if answers is not None:
+        starts = document_starts(answers)
+    n_windows = s.eval_iters * s.tokens_per_step // s.block_size
+    if s.full_val or n_windows >= len(starts):
+        return starts
+    return starts[np.linspace(0, len(starts) - 1, n_windows).astype(int)]
+
+
 def count_targets(tokens, starts, T, tokenizer, answers=None):
     """How many targets the windows that begin at starts have, and bytes of text (None: unknown)."""
     _, y = cut_windows(tokens, starts, T, answers)
@@ -296,6 +307,41 @@ def cut_metrics(path, step):
                 break
             end += len(line)
         file.truncate(end)
+
+
+def find_checkpoint(s, given, say):
+    """The checkpoint that init_from names, whose settings s adopts; None: there is none.
+
+    given: the settings of the command line and config files. UserError: out_dir has a run, or ckpt.pt does
+    not fit.
+    """
+    out = Path(s.out_dir)
+    if s.init_from == "auto":
+        s.init_from = "resume" if (out / "ckpt.pt").exists() else "scratch"
+    resume = s.init_from == "resume"
+    if not resume and not s.eval_only:
+        names = ("ckpt.pt", "best.pt", "config.json", "metrics.jsonl")
+        found = [n for n in names if (out / n).exists() and (out / n).stat().st_size]
+        hint = "--init_from=resume goes on with a run, --overwrite replaces it"
+        check(s.overwrite or not found, f"{out} has {' and '.join(found)}: {hint}")
+    if s.init_from == "scratch":
+        return None
+    init = out if resume else Path(s.init_from)
+    ckpt = load_checkpoint(init)
+    adopt_settings(s, given, ckpt, init, say)
+    return ckpt
+
+
+def adopt_vocabulary(s, ckpt, meta):
+    """Take vocab_size from meta, of the dataset. UserError: a checkpoint, or s, has another vocabulary."""
+    if ckpt:
+        init = s.out_dir if s.init_from == "resume" else s.init_from
+        same_tokenizer = meta["tokenizer"] == ckpt["meta"]["tokenizer"]
+        hint = f"prepare it with --tokenizer={init}"
+        check(same_tokenizer, f"{s.dataset} has another tokenizer than {init}: {hint}")
+    vocab_size = meta["vocab_size"]
+    s.vocab_size = s.vocab_size or vocab_size
+    check(s.vocab_size == vocab_size, f"vocab_size={s.vocab_size}, but {s.dataset} has {vocab_size} tokens")
 
 
 def adopt_settings(s, given, ckpt, init, say):
@@ -441,25 +487,14 @@ def train(argv):
 
     # ---- checkpoint to start from
     out = Path(s.out_dir)
-    if s.init_from == "auto":
-        s.init_from = "resume" if (out / "ckpt.pt").exists() else "scratch"
+    ckpt = find_checkpoint(s, given, print0)
     resume = s.init_from == "resume"
-    ckpt = None
-    if s.init_from != "scratch":
-        init = out if resume else Path(s.init_from)
-        ckpt = load_checkpoint(init)
-        adopt_settings(s, given, ckpt, init, print0)
     if resume and not s.eval_only:
         if ckpt["step"] >= s.max_iters:
             print0(f"{out} is finished: step {ckpt['step']} of {s.max_iters}")
             return
         hint = f"finetune them with --init_from={out} and another --out_dir"
         check("optimizer" in ckpt, f"{out} has weights only, which can't go on: {hint}")
-    if not resume and not s.eval_only:
-        names = ("ckpt.pt", "best.pt", "config.json", "metrics.jsonl")
-        found = [n for n in names if (out / n).exists() and (out / n).stat().st_size]
-        hint = "--init_from=resume goes on with a run, --overwrite replaces it"
-        check(s.overwrite or not found, f"{out} has {' and '.join(found)}: {hint}")
     check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
     for key in ("batch_size", "learning_rate", "eval_interval", "eval_iters", "log_interval"):
         check(getattr(s, key) > 0, f"{key}={getattr(s, key)} must be more than 0")
@@ -472,13 +507,7 @@ def train(argv):
     folder = Path(s.data_dir) / s.dataset
     train_data, val_data, meta = load_data(folder)
     train_answers, val_answers = load_answers(folder, meta)
-    if ckpt:
-        same_tokenizer = meta["tokenizer"] == ckpt["meta"]["tokenizer"]
-        hint = f"prepare it with --tokenizer={init}"
-        check(same_tokenizer, f"{s.dataset} has another tokenizer than {init}: {hint}")
-    vocab_size = meta["vocab_size"]
-    s.vocab_size = s.vocab_size or vocab_size
-    check(s.vocab_size == vocab_size, f"vocab_size={s.vocab_size}, but {s.dataset} has {vocab_size} tokens")
+    adopt_vocabulary(s, ckpt, meta)
     config = network_config(s)
     T = s.block_size
     check(len(train_data) > T and len(val_data) > 1, f"{s.dataset} is too short for block_size={T}")
@@ -489,17 +518,12 @@ def train(argv):
     B = min(s.batch_size, sequences)
     accum = sequences // B
     check(accum * B == sequences, f"batch_size={B} must divide the {sequences} sequences of a rank")
-    # windows to evaluate on: disjoint, and the same every time, for any number of ranks
-    val_starts = np.arange(0, len(val_data) - 1, T)
-    if val_answers is not None:
-        val_starts = document_starts(val_answers)
+    if train_answers is not None:
         train_starts = document_starts(train_answers)
         n_long = (np.diff(train_starts, append=len(train_data)) > T + 1).sum()
         if n_long:
             print0(f"{n_long:,} of {len(train_starts):,} documents are longer than block_size={T}: cut off")
-    n_windows = s.eval_iters * s.tokens_per_step // T
-    if not s.full_val and n_windows < len(val_starts):
-        val_starts = val_starts[np.linspace(0, len(val_starts) - 1, n_windows).astype(int)]
+    val_starts = evaluation_starts(s, len(val_data), val_answers)
     try:
         tokenizer = load_tokenizer(meta["tokenizer"])
     except UserError as error:  # on a node without a network, GPT-2's may not be there
