@@ -26,14 +26,13 @@ import torch
 
 import train
 from configurator import check
-from model import Backpack, load_checkpoint
+from model import Backpack
 
 try:
     import jax
     import jax.numpy as jnp
     import optax
-    from jax import lax
-    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 except ImportError as error:
     sys.exit(f"lab.jax_train: {error}; pip install -r requirements-jax.txt")
@@ -145,7 +144,7 @@ def sum_senses(q, k, C):
         return jnp.einsum("lj,jld->d", alpha.astype(C.dtype), C)
 
     # 256 queries at a time, whose weights backward computes again
-    return lax.map(jax.checkpoint(of_query), (q, jnp.arange(T)), batch_size=256)
+    return jax.lax.map(jax.checkpoint(of_query), (q, jnp.arange(T)), batch_size=256)
 
 
 def backpack(w, ids, where, c):
@@ -171,15 +170,15 @@ def losses(w, o, y, c):
         return jnp.where(target >= 0, loss, 0.0)
 
     rows = max(512, 2**23 // c.vocab_size)  # about 8M logits at once
-    return lax.map(jax.checkpoint(of_row), (o, y), batch_size=rows)
+    return jax.lax.map(jax.checkpoint(of_row), (o, y), batch_size=rows)
 
 
 def mean_loss(w, y, ids, where, c):
     """The mean loss of all targets y (B,T), over all devices."""
     o = backpack(w, ids, where, c)  # (B,T,D)
     total = losses(w, o.reshape(-1, c.n_embd), y.reshape(-1), c).sum()
-    n_targets = lax.psum((y >= 0).sum(), "data")
-    return lax.psum(total, "data") / jnp.maximum(n_targets, 1)
+    n_targets = jax.lax.psum((y >= 0).sum(), "data")
+    return jax.lax.psum(total, "data") / jnp.maximum(n_targets, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -239,7 +238,7 @@ def make_step(loss_of, adamw, places):
             return jax.tree.map(jnp.add, total, new), None
 
         zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, w)
-        total, _ = lax.scan(add, zero, batch)
+        total, _ = jax.lax.scan(add, zero, batch)
         loss, grads = jax.tree.map(lambda x: x / len(batch[0]), total)
         updates, state = adamw.update(grads, state, w)
         w = jax.tree.map(lambda p, update: p - lr * update, w, updates)
@@ -271,26 +270,6 @@ def check_network(model, w, tokens, s, mesh):
 # -----------------------------------------------------------------------------
 
 
-def first_checkpoint(s, given):
-    """The checkpoint that init_from names, whose settings s adopts; None: there is none."""
-    out = Path(s.out_dir)
-    if s.init_from == "auto":
-        s.init_from = "resume" if (out / "ckpt.pt").exists() else "scratch"
-    resume = s.init_from == "resume"
-    names = ("ckpt.pt", "best.pt", "config.json", "metrics.jsonl")
-    found = [name for name in names if (out / name).exists() and (out / name).stat().st_size]
-    hint = "--init_from=resume goes on with a run, --overwrite replaces it"
-    check(resume or s.overwrite or not found, f"{out} has {' and '.join(found)}: {hint}")
-    if s.init_from == "scratch":
-        return None
-    init = out if resume else Path(s.init_from)
-    ckpt = load_checkpoint(init)
-    train.adopt_settings(s, given, ckpt, init, print)
-    hint = f"--init_from={init} and another out_dir start from its weights"
-    check("jax" in ckpt or not resume, f"{init} is no run of lab.jax_train: {hint}")
-    return ckpt
-
-
 def windows(s, mesh, n_train, n_val):
     """The shape (M,G,B) of the windows of a step, and where those for evaluation begin (n,1,G,B)."""
     T = s.block_size
@@ -301,10 +280,7 @@ def windows(s, mesh, n_train, n_val):
     divides = B > 0 and s.tokens_per_step % (T * G * B) == 0
     sizes = f"{G} devices x {B} sequences x {T} tokens"
     check(divides, f"tokens_per_step={s.tokens_per_step} must be a multiple of {sizes}")
-    starts = np.arange(0, n_val - 1, T)
-    n_windows = s.eval_iters * s.tokens_per_step // T
-    if not s.full_val and n_windows < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, n_windows).astype(int)]
+    starts = train.evaluation_starts(s, n_val)
     # windows beyond the end of the text have no targets
     starts = np.pad(starts, (0, -len(starts) % (G * B)), constant_values=n_val)
     return (sequences // B, G, B), starts.reshape(-1, 1, G, B)
@@ -361,21 +337,21 @@ def save(s, w, state, meta, step):
 
 def main(argv):
     s, given = configurator.configure(Settings, argv, __doc__)
-    ckpt = first_checkpoint(s, given)
+    ckpt = train.find_checkpoint(s, given, print)
+    resume = s.init_from == "resume"
+    hint = f"--init_from={s.out_dir} and another out_dir start from its weights"
+    check(not resume or "jax" in ckpt, f"{s.out_dir} is no run of lab.jax_train: {hint}")
     refuse_others(s)
     check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
     train_data, val_data, meta = train.load_data(Path(s.data_dir) / s.dataset)
-    same_tokenizer = ckpt is None or ckpt["meta"]["tokenizer"] == meta["tokenizer"]
-    check(same_tokenizer, f"{s.dataset} has another tokenizer: prepare it with --tokenizer={s.init_from}")
-    vocab_size = meta["vocab_size"]
-    s.vocab_size = s.vocab_size or vocab_size
-    check(s.vocab_size == vocab_size, f"vocab_size={s.vocab_size}, but {s.dataset} has {vocab_size} tokens")
+    check(not meta.get("answers"), f"{s.dataset} has prompts and answers, which lab.jax_train doesn't know")
+    train.adopt_vocabulary(s, ckpt, meta)
     # else a TPU rounds the factors of float32 products to bfloat16
     jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shape, val_starts = windows(s, mesh, len(train_data), len(val_data))
     w, state, loss_of, take_step = prepare(s, ckpt, train_data, mesh)
-    step = ckpt["step"] if s.init_from == "resume" else 0
+    step = ckpt["step"] if resume else 0
 
     def draw(step):
         starts = np.random.default_rng((s.seed, step)).integers(len(train_data) - s.block_size, size=shape)
