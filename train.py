@@ -177,12 +177,16 @@ def evaluation_starts(s, n_tokens, answers=None):
 
 def count_targets(tokens, starts, T, tokenizer, answers=None):
     """How many targets the windows that begin at starts have, and bytes of text (None: unknown)."""
-    _, y = cut_windows(tokens, starts, T, answers)
-    targets = y[y >= 0]
-    n_bytes = tokenizer.byte_counts() if tokenizer else None  # (V,)
-    if n_bytes is None:
-        return len(targets), None
-    return len(targets), int(n_bytes[targets].sum())
+    bytes_of = tokenizer.byte_counts() if tokenizer else None  # (V,)
+    n_targets = 0
+    n_bytes = 0
+    for some in np.split(starts, range(1024, len(starts), 1024)):  # as all windows may fill the memory
+        _, y = cut_windows(tokens, some, T, answers)
+        targets = y[y >= 0]
+        n_targets += len(targets)
+        if bytes_of is not None:
+            n_bytes += int(bytes_of[targets].sum())
+    return n_targets, None if bytes_of is None else n_bytes
 
 
 # -----------------------------------------------------------------------------

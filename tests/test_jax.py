@@ -1,6 +1,5 @@
 """lab/jax_train.py beside model.py and train.py, on a CPU that plays eight devices."""
 
-import dataclasses
 import os
 from dataclasses import replace
 
@@ -213,8 +212,8 @@ def test_others_read_its_runs_and_it_theirs(run_jax, whole, run_train, capsys):
 # ---- refused
 
 
-def test_a_setting_without_effect_is_refused(run_jax, tmp_path):
-    """All of them, with what to write instead; fields that others add to train.Settings, too."""
+def test_a_setting_without_effect_is_refused(run_jax, pairs, tmp_path):
+    """All of them, with what to write instead."""
     others = "dropout=0.1", "muon_lr=0.02", "log_senses=True", "device=cpu", "compile=False"
     with pytest.raises(UserError) as error:
         run_jax(*(f"--{other}" for other in others))
@@ -222,13 +221,10 @@ def test_a_setting_without_effect_is_refused(run_jax, tmp_path):
     assert "--compile=None" in str(error.value)
     assert "\n" not in str(error.value)
 
-    @dataclasses.dataclass
-    class Later(jax_train.Settings):
-        freeze: str = ""
-
-    jax_train.refuse_others(Later())
     with pytest.raises(UserError, match="has no freeze: add --freeze=$"):
-        jax_train.refuse_others(Later(freeze="blocks"))
+        run_jax("--freeze=blocks")
+    with pytest.raises(UserError, match="pairs has prompts and answers"):
+        run_jax("--dataset=pairs")
     with pytest.raises(UserError, match="float16"):
         run_jax("--dtype=float16")
     with pytest.raises(UserError, match="a multiple of 8 devices x 1 sequences x 8 tokens"):
