@@ -263,7 +263,8 @@ def show_text(r, text, target, against, n, shown):
     names = {}
     for j, l, ids in loudest(r.model, idx, parts, 12, shown):
         names[j, l] = " ".join(token_string(r.tokenizer, i).strip() for i in ids)
-    return f"{text}  \u2192  {what}", parts, tokens, names, what
+    ending = text if len(text) <= 60 else "\u2026" + text[-59:]
+    return f"{ending}  \u2192  {what}", parts, tokens, names, what
 
 
 def print_largest(tokens, alpha, parts, value, n):
