@@ -182,8 +182,8 @@ def make_probes(r, base, text, edits, n_ids=64):
     for idx, listed in ((first, r.edits), (longer, edits), (random, [])):
         model = EditedBackpack(base, make_edits(base, r.tokenizer, listed))
         logits = model(idx[None])[0][0, -1, ids]  # (n,)
-        text = {"idx": idx.tolist(), "edits": listed, "logits": rounded(logits, 5)}
-        probes["texts"].append(text)
+        said = {"idx": idx.tolist(), "edits": listed, "logits": rounded(logits, 5)}
+        probes["texts"].append(said)
     return probes
 
 
