@@ -86,9 +86,12 @@ def draw_stack(file, title, parts, tokens, names, what, most=12):
     order = np.abs(values).sum(1).argsort()[::-1]
     own = sorted(order[:most].tolist())
     others = order[most:]
-    rows = [(tokens[j], values[j], {l: words for (i, l), words in names.items() if i == j}) for j in own]
+    rows = []
     if len(others):
-        rows.insert(0, (f"others ({len(others)})", values[others].sum(0), {}))
+        rows.append((f"others ({len(others)})", values[others].sum(0), {}))
+    for j in own:
+        called = {l: words for (i, l), words in names.items() if i == j}
+        rows.append((tokens[j], values[j], called))
 
     plt = pyplot(title, what, *tokens, *names.values())
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(rows)))
