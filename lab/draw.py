@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from tokenizer import require
 
 STYLE = {  # of matplotlib
     "figure.constrained_layout.use": True,
+    "figure.dpi": 150,  # as files have it: letters that are measured at another one are wider or narrower
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "nanoBackpack",  # the same picture has the same names inside
     "text.parse_math": False,  # a $ in a word is a $
@@ -84,9 +86,12 @@ def draw_stack(file, title, parts, tokens, names, what, most=12):
     order = np.abs(values).sum(1).argsort()[::-1]
     own = sorted(order[:most].tolist())
     others = order[most:]
-    rows = [(tokens[j], values[j], {l: words for (i, l), words in names.items() if i == j}) for j in own]
+    rows = []
     if len(others):
-        rows.insert(0, (f"{len(others)} other tokens", values[others].sum(0), {}))
+        rows.append((f"others ({len(others)})", values[others].sum(0), {}))
+    for j in own:
+        called = {l: words for (i, l), words in names.items() if i == j}
+        rows.append((tokens[j], values[j], called))
 
     plt = pyplot(title, what, *tokens, *names.values())
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(rows)))
@@ -138,7 +143,7 @@ def shorten(text, bar):
     words = text.get_text().split(" ")
     while words and text.get_window_extent().width > room:
         words.pop()
-        text.set_text(" ".join(words).rstrip(":"))
+        text.set_text(" ".join(words).rstrip(": "))
     if not words:
         text.remove()
 
@@ -254,9 +259,10 @@ def fonts_for(text):
 
 
 def save(figure, path, title):
-    figure.suptitle(isolated(title), fontweight="bold", fontsize=10)
+    lines = textwrap.fill(title, int(11 * figure.get_figwidth()))  # so many letters fit
+    figure.suptitle(isolated(lines), fontweight="bold", fontsize=10)
     # matplotlib refuses to draw 2**16 pixels in a row
-    dpi = min(150, 2**15 / max(figure.get_size_inches()))
+    dpi = min(figure.dpi, 2**15 / max(figure.get_size_inches()))
     with replacing(path) as file:
         figure.savefig(file, dpi=dpi, format=Path(path).suffix[1:])
     print(f"wrote {path}")

@@ -108,7 +108,8 @@ def compare_logits(folder, model, dtype):
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: the export's logits were not compared with the model's")
         return
-    sys.modules["lab.model"] = sys.modules["model"]  # in the export model.py lies beside it
+    # modeling_backpack.py imports .model, as model.py lies beside it in the export
+    sys.modules["lab.model"] = sys.modules["model"]
     from transformers.utils import logging
 
     from lab.modeling_backpack import BackpackForCausalLM

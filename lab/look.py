@@ -260,10 +260,11 @@ def show_text(r, text, target, against, n, shown):
     print_grid(100 * alpha[rows], names)
     print(f"\nparts of the {what}, in tenths")
     print_grid(10 * parts[rows], names)
-    names = {}
+    said = {}
     for j, l, ids in loudest(r.model, idx, parts, 12, shown):
-        names[j, l] = " ".join(token_string(r.tokenizer, i).strip() for i in ids)
-    return f"{text}  \u2192  {what}", parts, tokens, names, what
+        said[j, l] = " ".join(token_string(r.tokenizer, i).strip() for i in ids)
+    ending = text if len(text) <= 60 else "\u2026" + text[-59:]
+    return f"{ending}  \u2192  {what}", parts, tokens, said, what
 
 
 def print_largest(tokens, alpha, parts, value, n):

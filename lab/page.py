@@ -32,6 +32,7 @@ from tokenizer import byte_characters, keeps_marks
 FOLDER = Path(__file__).parent
 LIMIT = 14_000_000  # bytes of a page
 TABLE_LIMIT = 5_000_000  # bytes of the words on a page of tables
+TOO_LARGE = "the model is too large to be part of a page"
 # the modules that the engine of page.html knows
 KNOWN_CLASSES = {"Backpack", "Block", "SelfAttention", "MLP", "SenseNetwork", "Projection"}
 KNOWN_CLASSES |= {"ModuleList", "Embedding", "Linear", "LayerNorm", "Dropout"}
@@ -62,9 +63,6 @@ def make_page(r, words=(), text=""):
     if len(html.encode()) > LIMIT:
         return make_table_page(r, words, text, TOO_LARGE)
     return html
-
-
-TOO_LARGE = "the model is too large to be part of a page"
 
 
 def why_tables(r):
@@ -182,8 +180,8 @@ def make_probes(r, base, text, edits, n_ids=64):
     for idx, listed in ((first, r.edits), (longer, edits), (random, [])):
         model = EditedBackpack(base, make_edits(base, r.tokenizer, listed))
         logits = model(idx[None])[0][0, -1, ids]  # (n,)
-        text = {"idx": idx.tolist(), "edits": listed, "logits": rounded(logits, 5)}
-        probes["texts"].append(text)
+        said = {"idx": idx.tolist(), "edits": listed, "logits": rounded(logits, 5)}
+        probes["texts"].append(said)
     return probes
 
 

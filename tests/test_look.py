@@ -323,14 +323,16 @@ def test_the_picture_of_a_logit_adds_up(monkeypatch):
     torch.manual_seed(0)
     parts = torch.randn(20, 4)
     tokens = [f"token{j}" for j in range(20)]
-    names = {(j, l): "a very long name that fits nowhere" for j in range(20) for l in range(4)}
+    names = {(j, l): ": very long name that fits nowhere" for j in range(20) for l in range(4)}
     draw.draw_stack("p.svg", "title", parts, tokens, names, "all")
+    drawn[0].set_dpi(150)  # as in the file
+    drawn[0].canvas.draw()
     (axes,) = drawn[0].axes
     *bars, total = axes.patches
     assert total.get_width() == pytest.approx(parts.sum().item(), abs=1e-5)
     rows = [bars[i : i + 4] for i in range(0, len(bars), 4)]
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert len(rows) == 13 and labels[0] == "8 other tokens" and labels[-1] == "all"
+    assert len(rows) == 13 and labels[0] == "others (8)" and labels[-1] == "all"
     end = 0.0
     for row in rows:
         assert row[0].get_x() == pytest.approx(end, abs=1e-5)
@@ -342,6 +344,24 @@ def test_the_picture_of_a_logit_adds_up(monkeypatch):
     assert len(labels) > 3
     for text in labels:
         assert text.get_window_extent().width <= named[text.get_position()[0]].width
+        assert re.fullmatch(r"\d(: : very.*)?", text.get_text())
+
+
+def test_a_long_title_stays_within_its_picture(tmp_path):
+    draw.draw_bars(tmp_path / "p.png", "$five dollars " * 4, [("who", [("river", 1.0)] * 10)])
+    figure = draw.pyplot().gcf()
+    figure.canvas.draw()
+    title = figure.texts[0].get_window_extent()
+    assert 0 <= title.x0 and title.x1 <= figure.bbox.width
+    assert figure.axes[0].get_tightbbox().y1 <= title.y0
+
+
+def test_the_title_has_the_end_of_a_long_text(printed, monkeypatch):
+    """What comes next depends on it most."""
+    drawn = []
+    monkeypatch.setattr(look, "draw_stack", lambda file, title, *_: drawn.append(title))
+    printed("--text=" + "nurse " * 10 + "The", "--plot=p.svg")
+    assert re.fullmatch(r"\u2026[nurse ]{56}The  \u2192  logit of .*", drawn[0])
 
 
 @pytest.mark.parametrize(

@@ -282,12 +282,14 @@ def test_the_guided_minute(opened, shipped_page, width, height, scheme):
     assert total == round(100 * numbers(view.inner_text("#sum"))[0])
     darkest = view.locator("#parts td[aria-label^='sense 13 of \u00b7Denver']").bounding_box()
     assert darkest["x"] >= 0 and darkest["x"] + darkest["width"] <= width
+    assert view.is_visible("#try")  # the switch of the guide's change, which is for its text
     view.click("#tour >> text=End")
     assert view.evaluate("getComputedStyle(document.getElementById('tour')).position") == "static"
     wide = "e => !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1"
     assert view.evaluate(f"[...document.querySelectorAll('body *')].filter({wide}).length") == 0
     view.fill("#text", "He was born in Denver, but his family moved to Boston, where he went to school and")
     view.wait_for_function("document.querySelectorAll('.stack-row').length === 14")
+    assert not view.is_visible("#try")
     assert_rows_add_up(view)
 
 
