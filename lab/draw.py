@@ -78,11 +78,12 @@ def sense_color(l):
 def draw_stack(file, title, parts, tokens, names, what, most=12):
     """Draw how the parts (T,K) of a logit, or of what it is, add up to it.
 
-    Each token has a row, which begins where the one above it ended: first the parts for it, the largest
-    first, and below them, back to the left, those against it. names: {(j, l): the words that a sense says},
-    for parts that get a label. Only `most` tokens, those with the largest parts, have a row of their own.
+    Each token has a row, which begins where the one above it ended: first the parts with the sign of the
+    sum, the largest first, and below them, and back, those against it. names: {(j, l): the words that a sense
+    says}, for parts that get a label. Only `most` tokens, those with the largest parts, have their own row.
     """
     values = parts.cpu().numpy()  # (T,K)
+    side = -1 if values.sum() < 0 else 1
     order = np.abs(values).sum(1).argsort()[::-1]
     own = sorted(order[:most].tolist())
     others = order[most:]
@@ -99,7 +100,7 @@ def draw_stack(file, title, parts, tokens, names, what, most=12):
     end = 0.0
     for y, (_, of_token, called) in enumerate(rows):
         axes.plot([end, end], [y - 0.7, y + 0.3], color=LINE, linewidth=0.8, zorder=0)
-        end = draw_row(axes, y, end, of_token, called, labels)
+        end = draw_row(axes, y, end, of_token, called, side, labels)
     bottom = len(rows)
     axes.plot([end, end], [bottom - 0.7, bottom + 0.3], color=LINE, linewidth=0.8, zorder=0)
     axes.barh(bottom, end, 0.6, color=INK)
@@ -122,14 +123,18 @@ def draw_stack(file, title, parts, tokens, names, what, most=12):
     save(figure, file, title)
 
 
-def draw_row(axes, y, start, values, called, labels):
-    """Draw the parts (K,) of a token from start on, and return where they end. Labels: [(text, bar)]."""
+def draw_row(axes, y, start, values, called, side, labels):
+    """Draw the parts (K,) of a token from start on, and return where they end: see draw_stack.
+
+    side: the sign of what all parts of all tokens add up to; labels: gets each (text, bar).
+    """
     left = start
-    for l in values.argsort()[::-1].tolist():
+    for l in (-side * values).argsort().tolist():
         value = values[l]
-        place, height = (y, 0.6) if value > 0 else (y + 0.41, 0.18)
+        is_for = side * value > 0
+        place, height = (y, 0.6) if is_for else (y + 0.41, 0.18)
         (bar,) = axes.barh(place, value, height, left, color=sense_color(l), edgecolor="white", linewidth=0.5)
-        if l in called and value > 0:
+        if l in called and is_for:
             name = f"{l}: {isolated(called[l])}"
             text = axes.text(left + value / 2, y, name, ha="center", va="center", fontsize=7.5, color=INK)
             labels.append((text, bar))
@@ -139,7 +144,7 @@ def draw_row(axes, y, start, values, called, labels):
 
 def shorten(text, bar):
     """Take words off the end of a label until it fits into its bar; if none does, it goes."""
-    room = 0.96 * bar.get_window_extent().width
+    room = 0.96 * abs(bar.get_window_extent().width)
     words = text.get_text().split(" ")
     while words and text.get_window_extent().width > room:
         words.pop()

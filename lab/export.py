@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, check
-from lab.control import EditedBackpack
+from lab.control import EditedBackpack, same_sum
 from lab.edits import describe, make_edits, read_edits
 from lab.files import read_text, write_text
 from lab.layouts import published_config, to_layout
@@ -50,6 +50,8 @@ def export(s, folder, ckpt, edits, metrics, dtype):
     tokenizer = load_tokenizer(ckpt["meta"]["tokenizer"])
     check(tokenizer or not edits, f"{s.source} has no tokenizer, which edits need")
     if s.to == "hf":
+        fork = "this model.py sums senses otherwise than EditedBackpack.output in lab/control.py"
+        check(same_sum(model), f"{fork}: an export needs the same there")
         saved = model.state_dict()
         for name, _ in model.named_buffers():  # transformers would load it as whatever lies in memory
             check(name in saved, f"the buffer {name} is not saved: register it with persistent=True")

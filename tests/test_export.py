@@ -469,9 +469,15 @@ def test_the_model_card_of_a_trained_run(run_train, tmp_path, monkeypatch):
     assert names["output"].senses.shape == (1, 6, 4, 16)
 
 
-def test_a_fork_with_another_sum_is_not_exported_in_silence(run, tmp_path, monkeypatch):
-    before = model_py.sum_block
-    monkeypatch.setattr(model_py, "sum_block", lambda *args: 2 * before(*args))
+def test_a_fork_is_not_exported_in_silence(run, tmp_path, monkeypatch):
+    to = [f"--source={run}", "--to=hf", f"--dest={tmp_path / 'hf'}"]
+    with monkeypatch.context() as patch:
+        sum_block = model_py.sum_block
+        patch.setattr(model_py, "sum_block", lambda *args: 2 * sum_block(*args))
+        with pytest.raises(UserError, match="this model.py sums senses otherwise"):
+            convert.main(to)
+    logits = Backpack.logits
+    monkeypatch.setattr(Backpack, "logits", lambda self, o: 2 * logits(self, o))
     with pytest.raises(UserError, match="the export's logits are not the model's"):
-        convert.main([f"--source={run}", "--to=hf", f"--dest={tmp_path / 'hf'}"])
+        convert.main(to)
     assert list(tmp_path.iterdir()) == []

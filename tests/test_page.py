@@ -291,6 +291,12 @@ def test_the_guided_minute(opened, shipped_page, width, height, scheme):
     view.wait_for_function("document.querySelectorAll('.stack-row').length === 14")
     assert not view.is_visible("#try")
     assert_rows_add_up(view)
+    for n in (3, 0):  # a logit less a larger one
+        view.locator("#before button").nth(n).click()
+        view.wait_for_selector(f"#before button:nth-of-type({n + 1})[aria-pressed=true]")
+    wait_for(view, "sum", "less that of")
+    assert_rows_add_up(view)
+    assert numbers(view.inner_text("#sum"))[0] < 0
 
 
 def assert_rows_add_up(view):
@@ -301,17 +307,20 @@ def assert_rows_add_up(view):
     shown = [numbers(row.locator("> :last-child").inner_text())[0] for row in rows]
     assert round(100 * sum(shown[:-1])) == round(100 * shown[-1])
     assert shown[-1] == numbers(view.inner_text("#sum"))[0]
+    side = np.sign(shown[-1])
     edges = """row => [...row.querySelectorAll('.part, .total')].map(part => {
-      const {left, width} = part.getBoundingClientRect();
-      return [left, width, part.classList.contains('against')];
+      const {left, right} = part.getBoundingClientRect();
+      return [left, right, part.classList.contains('against')];
     })"""
-    end = rows[0].locator(".zero").bounding_box()["x"]
+    end = zero = rows[0].locator(".zero").bounding_box()["x"]
     for row in rows[:-1]:
-        parts = row.evaluate(edges)
-        assert abs(min(left for left, _, against in parts if not against) - end) < 1.5
-        end += sum(-width if against else width for _, width, against in parts)
-    ((left, width, _),) = rows[-1].evaluate(edges)
-    assert abs((left + width if shown[-1] > 0 else left) - end) < 1.5
+        parts = [
+            sorted((side * left, side * right)) + [against] for left, right, against in row.evaluate(edges)
+        ]
+        assert abs(min(near for near, _, against in parts if not against) - side * end) < 1.5
+        end += side * sum(near - far if against else far - near for near, far, against in parts)
+    ((left, right, _),) = rows[-1].evaluate(edges)
+    assert sorted((zero, end)) == pytest.approx([left, right], abs=1.5)
 
 
 def test_a_state_is_a_link_a_command_and_a_file(opened, small_page):
