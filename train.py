@@ -140,6 +140,7 @@ def cut_windows(tokens, starts, T, answers=None):
     at = np.minimum(at, len(tokens) - 1)
     if answers is not None:
         is_answer = answers[at] == 1
+        # after an answer the next document begins
         is_over = is_answer[:, :-1] & ~is_answer[:, 1:]  # (n,T)
         counts &= is_answer
         counts[:, 1:] &= is_over.cumsum(1) == 0
@@ -176,7 +177,7 @@ def evaluation_starts(s, n_tokens, answers=None):
 
 
 def count_targets(tokens, starts, T, tokenizer, answers=None):
-    """How many targets the windows that begin at starts have, and bytes of text (None: unknown)."""
+    """How many targets the windows that begin at starts (n,) have, and bytes of text (0: unknown)."""
     bytes_of = tokenizer.byte_counts() if tokenizer else None  # (V,)
     n_targets = 0
     n_bytes = 0
@@ -186,7 +187,7 @@ def count_targets(tokens, starts, T, tokenizer, answers=None):
         n_targets += len(targets)
         if bytes_of is not None:
             n_bytes += int(bytes_of[targets].sum())
-    return n_targets, None if bytes_of is None else n_bytes
+    return n_targets, n_bytes
 
 
 # -----------------------------------------------------------------------------
@@ -533,10 +534,10 @@ def train(argv):
     except UserError as error:  # on a node without a network, GPT-2's may not be there
         print0(f"no bits per byte without the tokenizer: {error}")
         tokenizer = None
-    n_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer, val_answers)
-    check(n_targets, f"block_size={T} ends before any answer of {s.dataset} begins")
+    n_val_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer, val_answers)
+    check(n_val_targets, f"block_size={T} ends before any answer of {s.dataset} begins")
     # a loss in nats per target, times this, is in bits per byte: comparable whatever the vocabulary
-    bits = n_targets / n_bytes / math.log(2) if n_bytes else None
+    bits = n_val_targets / n_bytes / math.log(2) if n_bytes else None
 
     # ---- machine
     own_gpu = world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available()
@@ -622,7 +623,7 @@ def train(argv):
             total += loss * (y >= 0).sum()
         model.train()
         total, stopping = all_mean(total, torch.full_like(total, len(stop)))
-        return total * world / n_targets, stopping
+        return total * world / n_val_targets, stopping
 
     def draw(step):
         """Where the windows of a step begin (accum,world,B), how many targets they have, and a seed.
@@ -632,15 +633,14 @@ def train(argv):
         rng = np.random.default_rng((s.seed, step))
         if train_answers is None:
             starts = rng.integers(len(train_data) - T, size=(accum, world, B))
-            n_targets = starts.size * T
         else:
             starts = rng.choice(train_starts, size=(accum, world, B))
-            n_targets, _ = count_targets(train_data, starts.ravel(), T, None, train_answers)
+        n_targets, _ = count_targets(train_data, starts.ravel(), T, None, train_answers)
         return starts, n_targets, int(rng.integers(2**62))
 
     def described(val_loss):
         perplexity = math.exp(min(val_loss, 700))  # more would overflow
-        text = f"val loss {val_loss:.4f}, perplexity {perplexity:.2f}, {n_targets:,} tokens"
+        text = f"val loss {val_loss:.4f}, perplexity {perplexity:.2f}, {n_val_targets:,} tokens"
         return f"{text}, {val_loss * bits:.4f} bits per byte" if bits else text
 
     # ---- evaluation only
@@ -693,7 +693,7 @@ def train(argv):
             (out / "config.json").write_text(json.dumps(about, indent=1))
 
     # ---- training loop; its last pass only evaluates and saves
-    starts, n_step, dropout_seed = draw(step)
+    starts, n_targets, dropout_seed = draw(step)
     batch = get_batch(train_data, starts[0, rank], T, device, train_answers)
     peak = peak_flops(device)
     flops = None  # of a rank in a step
@@ -751,12 +751,12 @@ def train(argv):
             with autocast:
                 _, loss = net(x, y, distinct, share)
             # so that every target of the step counts the same; DDP and all_mean take means over ranks
-            loss = loss * ((y >= 0).sum() * (world / max(1, n_step)))
+            loss = loss * ((y >= 0).sum() * (world / max(1, n_targets)))
             scaler.scale(loss).backward()
             total += loss.detach()
             # the next micro-batch is made while the GPU is busy with this one
             if i == accum - 1:
-                starts, n_step, dropout_seed = draw(step + 1)
+                starts, n_targets, dropout_seed = draw(step + 1)
             batch = get_batch(train_data, starts[(i + 1) % accum, rank], T, device, train_answers)
 
         for optimizer in optimizers:
