@@ -89,6 +89,16 @@ def network_config(s):
         raise UserError(str(error)) from None
 
 
+def check_settings(s):
+    """UserError: a number with which no training can go on."""
+    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
+    for key in ("batch_size", "learning_rate", "eval_interval", "eval_iters", "log_interval"):
+        check(getattr(s, key) > 0, f"{key}={getattr(s, key)} must be more than 0")
+    for key in ("min_lr", "muon_lr", "weight_decay", "grad_clip"):
+        check(getattr(s, key) >= 0, f"{key}={getattr(s, key)} must not be negative")
+    check(s.min_lr <= s.learning_rate, f"min_lr={s.min_lr} is above learning_rate={s.learning_rate}")
+
+
 # -----------------------------------------------------------------------------
 # data: train.bin and val.bin are token ids, one after another; of prompts and answers, train_mask.bin and
 # val_mask.bin have a byte for each id: 1 in an answer and at its end
@@ -500,12 +510,7 @@ def train(argv):
             return
         hint = f"finetune them with --init_from={out} and another --out_dir"
         check("optimizer" in ckpt, f"{out} has weights only, which can't go on: {hint}")
-    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
-    for key in ("batch_size", "learning_rate", "eval_interval", "eval_iters", "log_interval"):
-        check(getattr(s, key) > 0, f"{key}={getattr(s, key)} must be more than 0")
-    for key in ("min_lr", "muon_lr", "weight_decay", "grad_clip"):
-        check(getattr(s, key) >= 0, f"{key}={getattr(s, key)} must not be negative")
-    check(s.min_lr <= s.learning_rate, f"min_lr={s.min_lr} is above learning_rate={s.learning_rate}")
+    check_settings(s)
     check(not s.wandb or find_spec("wandb"), "wandb=True needs the package: pip install wandb")
 
     # ---- data: a step is accum micro-batches of B windows of T tokens on each rank
