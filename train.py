@@ -577,6 +577,8 @@ def train(argv):
         model.load_state_dict(ckpt["model"])
     if s.freeze:
         freeze(model, s.freeze)  # before the optimizers and DDP look at what trains
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print0(f"freeze={s.freeze}: {n_trained:,} parameters train")
     model.to(device)
     net = model
     if s.compile or (s.compile is None and device.type == "cuda"):
@@ -602,8 +604,7 @@ def train(argv):
         best = ckpt["best"]
         wandb_id = ckpt["wandb_id"]
     del ckpt  # its memory
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"{model.num_params():,} parameters, of which {n_trained:,} train, on {device} in {dtype}")
+    print0(f"{model.num_params():,} parameters on {device} in {dtype}")
     print0(f"{world} ranks x {accum} micro-batches of {B} x {T} tokens")
 
     def all_mean(*figures):
