@@ -141,8 +141,8 @@ def document_starts(answers):
 def cut_windows(tokens, starts, T, answers=None):
     """The windows of T tokens that begin at starts (n,): x (n,T), and y (n,T), the token after each.
 
-    y is -100 beyond the end of the text. answers: of prompts and answers the mask; then a window is for
-    one document, and y is -100 beyond it, too, and in its prompt.
+    y is -100 beyond the end of the text. answers: the mask of prompts and answers; with it, only the answer
+    of the document that begins with a window counts, and y is -100 elsewhere.
     """
     # x and y are one window of T+1 tokens; the last one of a text may reach beyond its end
     at = starts[:, None] + np.arange(T + 1)  # (n,T+1)
@@ -150,7 +150,7 @@ def cut_windows(tokens, starts, T, answers=None):
     at = np.minimum(at, len(tokens) - 1)
     if answers is not None:
         is_answer = answers[at] == 1
-        # after an answer the next document begins
+        # where an answer ends, the next document begins
         is_over = is_answer[:, :-1] & ~is_answer[:, 1:]  # (n,T)
         counts &= is_answer
         counts[:, 1:] &= is_over.cumsum(1) == 0
@@ -244,7 +244,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def freeze(model, names):
-    """Take the modules of these names, separated by commas, out of training. UserError: there is none."""
+    """Modules of these names, separated by commas, will not train. UserError: one of them is not there."""
     modules = {name: module for name, module in model.named_modules() if list(module.parameters())}
     there = ", ".join(name for name, _ in model.named_children() if name in modules)
     for name in names.split(","):
@@ -255,7 +255,7 @@ def freeze(model, names):
 
 
 def make_optimizers(model, s):
-    """A list of AdamW and, with muon_lr, of Muon for the matrices, of those that have something to train."""
+    """A list: AdamW and, with muon_lr, Muon for the matrices. One that would train nothing is left out."""
     matrices, rest = model.param_groups(s.weight_decay)
     # fused: one kernel for all parameters instead of several for each
     options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": True}
