@@ -241,7 +241,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, E, y, vocab_size, with_grad):
         """o (N,D), E (R,D), y (N,) with -100 where no target counts -> the mean loss in nats, a scalar."""
-        with_dE = with_grad and ctx.needs_input_grad[1]  # it is a third of the arithmetic
+        with_dE = with_grad and ctx.needs_input_grad[1]  # dE is a third of the arithmetic
         dE = None
         wide = torch.promote_types(o.dtype, torch.float32)
         W = E.to(o.dtype)  # (R,D)

@@ -223,7 +223,7 @@ def suffix(path):
 def read_documents(path, separator, column="text"):
     """The documents of a file, without line breaks around them; see Settings for separator and column.
 
-    Of two columns they are pairs of a prompt and an answer, as these are.
+    If column names two fields, they are pairs of a prompt and an answer, which stay as they are.
     """
     if "," in column:
         return read_rows(path, column.split(","))

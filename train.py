@@ -89,6 +89,16 @@ def network_config(s):
         raise UserError(str(error)) from None
 
 
+def check_settings(s):
+    """UserError: a number with which no training can go on."""
+    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
+    for key in ("batch_size", "learning_rate", "eval_interval", "eval_iters", "log_interval"):
+        check(getattr(s, key) > 0, f"{key}={getattr(s, key)} must be more than 0")
+    for key in ("min_lr", "muon_lr", "weight_decay", "grad_clip"):
+        check(getattr(s, key) >= 0, f"{key}={getattr(s, key)} must not be negative")
+    check(s.min_lr <= s.learning_rate, f"min_lr={s.min_lr} is above learning_rate={s.learning_rate}")
+
+
 # -----------------------------------------------------------------------------
 # data: train.bin and val.bin are token ids, one after another; of prompts and answers, train_mask.bin and
 # val_mask.bin have a byte for each id: 1 in an answer and at its end
@@ -131,8 +141,8 @@ def document_starts(answers):
 def cut_windows(tokens, starts, T, answers=None):
     """The windows of T tokens that begin at starts (n,): x (n,T), and y (n,T), the token after each.
 
-    y is -100 beyond the end of the text. answers: of prompts and answers the mask; then a window is for
-    one document, and y is -100 beyond it, too, and in its prompt.
+    y is -100 beyond the end of the text. answers: the mask of prompts and answers; with it, only the answer
+    of the document that begins with a window counts, and y is -100 elsewhere.
     """
     # x and y are one window of T+1 tokens; the last one of a text may reach beyond its end
     at = starts[:, None] + np.arange(T + 1)  # (n,T+1)
@@ -140,6 +150,7 @@ def cut_windows(tokens, starts, T, answers=None):
     at = np.minimum(at, len(tokens) - 1)
     if answers is not None:
         is_answer = answers[at] == 1
+        # where an answer ends, the next document begins
         is_over = is_answer[:, :-1] & ~is_answer[:, 1:]  # (n,T)
         counts &= is_answer
         counts[:, 1:] &= is_over.cumsum(1) == 0
@@ -176,7 +187,7 @@ def evaluation_starts(s, n_tokens, answers=None):
 
 
 def count_targets(tokens, starts, T, tokenizer, answers=None):
-    """How many targets the windows that begin at starts have, and bytes of text (None: unknown)."""
+    """How many targets the windows that begin at starts (n,) have, and bytes of text (0: unknown)."""
     bytes_of = tokenizer.byte_counts() if tokenizer else None  # (V,)
     n_targets = 0
     n_bytes = 0
@@ -186,7 +197,7 @@ def count_targets(tokens, starts, T, tokenizer, answers=None):
         n_targets += len(targets)
         if bytes_of is not None:
             n_bytes += int(bytes_of[targets].sum())
-    return n_targets, None if bytes_of is None else n_bytes
+    return n_targets, n_bytes
 
 
 # -----------------------------------------------------------------------------
@@ -233,7 +244,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def freeze(model, names):
-    """Take the modules of these names, separated by commas, out of training. UserError: there is none."""
+    """Modules of these names, separated by commas, will not train. UserError: one of them is not there."""
     modules = {name: module for name, module in model.named_modules() if list(module.parameters())}
     there = ", ".join(name for name, _ in model.named_children() if name in modules)
     for name in names.split(","):
@@ -244,7 +255,7 @@ def freeze(model, names):
 
 
 def make_optimizers(model, s):
-    """A list of AdamW and, with muon_lr, of Muon for the matrices, of those that have something to train."""
+    """A list: AdamW and, with muon_lr, Muon for the matrices. One that would train nothing is left out."""
     matrices, rest = model.param_groups(s.weight_decay)
     # fused: one kernel for all parameters instead of several for each
     options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": True}
@@ -499,12 +510,7 @@ def train(argv):
             return
         hint = f"finetune them with --init_from={out} and another --out_dir"
         check("optimizer" in ckpt, f"{out} has weights only, which can't go on: {hint}")
-    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
-    for key in ("batch_size", "learning_rate", "eval_interval", "eval_iters", "log_interval"):
-        check(getattr(s, key) > 0, f"{key}={getattr(s, key)} must be more than 0")
-    for key in ("min_lr", "muon_lr", "weight_decay", "grad_clip"):
-        check(getattr(s, key) >= 0, f"{key}={getattr(s, key)} must not be negative")
-    check(s.min_lr <= s.learning_rate, f"min_lr={s.min_lr} is above learning_rate={s.learning_rate}")
+    check_settings(s)
     check(not s.wandb or find_spec("wandb"), "wandb=True needs the package: pip install wandb")
 
     # ---- data: a step is accum micro-batches of B windows of T tokens on each rank
@@ -533,10 +539,10 @@ def train(argv):
     except UserError as error:  # on a node without a network, GPT-2's may not be there
         print0(f"no bits per byte without the tokenizer: {error}")
         tokenizer = None
-    n_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer, val_answers)
-    check(n_targets, f"block_size={T} ends before any answer of {s.dataset} begins")
+    n_val_targets, n_bytes = count_targets(val_data, val_starts, T, tokenizer, val_answers)
+    check(n_val_targets, f"block_size={T} ends before any answer of {s.dataset} begins")
     # a loss in nats per target, times this, is in bits per byte: comparable whatever the vocabulary
-    bits = n_targets / n_bytes / math.log(2) if n_bytes else None
+    bits = n_val_targets / n_bytes / math.log(2) if n_bytes else None
 
     # ---- machine
     own_gpu = world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available()
@@ -571,6 +577,8 @@ def train(argv):
         model.load_state_dict(ckpt["model"])
     if s.freeze:
         freeze(model, s.freeze)  # before the optimizers and DDP look at what trains
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print0(f"freeze={s.freeze}: {n_trained:,} parameters train")
     model.to(device)
     net = model
     if s.compile or (s.compile is None and device.type == "cuda"):
@@ -596,8 +604,7 @@ def train(argv):
         best = ckpt["best"]
         wandb_id = ckpt["wandb_id"]
     del ckpt  # its memory
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"{model.num_params():,} parameters, of which {n_trained:,} train, on {device} in {dtype}")
+    print0(f"{model.num_params():,} parameters on {device} in {dtype}")
     print0(f"{world} ranks x {accum} micro-batches of {B} x {T} tokens")
 
     def all_mean(*figures):
@@ -622,7 +629,7 @@ def train(argv):
             total += loss * (y >= 0).sum()
         model.train()
         total, stopping = all_mean(total, torch.full_like(total, len(stop)))
-        return total * world / n_targets, stopping
+        return total * world / n_val_targets, stopping
 
     def draw(step):
         """Where the windows of a step begin (accum,world,B), how many targets they have, and a seed.
@@ -632,15 +639,14 @@ def train(argv):
         rng = np.random.default_rng((s.seed, step))
         if train_answers is None:
             starts = rng.integers(len(train_data) - T, size=(accum, world, B))
-            n_targets = starts.size * T
         else:
             starts = rng.choice(train_starts, size=(accum, world, B))
-            n_targets, _ = count_targets(train_data, starts.ravel(), T, None, train_answers)
+        n_targets, _ = count_targets(train_data, starts.ravel(), T, None, train_answers)
         return starts, n_targets, int(rng.integers(2**62))
 
     def described(val_loss):
         perplexity = math.exp(min(val_loss, 700))  # more would overflow
-        text = f"val loss {val_loss:.4f}, perplexity {perplexity:.2f}, {n_targets:,} tokens"
+        text = f"val loss {val_loss:.4f}, perplexity {perplexity:.2f}, {n_val_targets:,} tokens"
         return f"{text}, {val_loss * bits:.4f} bits per byte" if bits else text
 
     # ---- evaluation only
@@ -693,7 +699,7 @@ def train(argv):
             (out / "config.json").write_text(json.dumps(about, indent=1))
 
     # ---- training loop; its last pass only evaluates and saves
-    starts, n_step, dropout_seed = draw(step)
+    starts, n_targets, dropout_seed = draw(step)
     batch = get_batch(train_data, starts[0, rank], T, device, train_answers)
     peak = peak_flops(device)
     flops = None  # of a rank in a step
@@ -751,12 +757,12 @@ def train(argv):
             with autocast:
                 _, loss = net(x, y, distinct, share)
             # so that every target of the step counts the same; DDP and all_mean take means over ranks
-            loss = loss * ((y >= 0).sum() * (world / max(1, n_step)))
+            loss = loss * ((y >= 0).sum() * (world / max(1, n_targets)))
             scaler.scale(loss).backward()
             total += loss.detach()
             # the next micro-batch is made while the GPU is busy with this one
             if i == accum - 1:
-                starts, n_step, dropout_seed = draw(step + 1)
+                starts, n_targets, dropout_seed = draw(step + 1)
             batch = get_batch(train_data, starts[(i + 1) % accum, rank], T, device, train_answers)
 
         for optimizer in optimizers:

@@ -342,7 +342,7 @@ def main(argv):
     hint = f"--init_from={s.out_dir} and another out_dir start from its weights"
     check(not resume or "jax" in ckpt, f"{s.out_dir} is no run of lab.jax_train: {hint}")
     refuse_others(s)
-    check(s.warmup_iters < s.max_iters, f"warmup_iters={s.warmup_iters} leaves no steps to decay")
+    train.check_settings(s)
     train_data, val_data, meta = train.load_data(Path(s.data_dir) / s.dataset)
     check(not meta.get("answers"), f"{s.dataset} has prompts and answers, which lab.jax_train doesn't know")
     train.adopt_vocabulary(s, ckpt, meta)

@@ -229,6 +229,8 @@ def test_a_setting_without_effect_is_refused(run_jax, pairs, tmp_path):
         run_jax("--dtype=float16")
     with pytest.raises(UserError, match="a multiple of 8 devices x 1 sequences x 8 tokens"):
         run_jax("--tokens_per_step=72")
+    with pytest.raises(UserError, match="log_interval=0 must be more than 0"):
+        run_jax("--log_interval=0")
     assert not list(tmp_path.glob("run*"))
 
 

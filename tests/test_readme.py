@@ -141,6 +141,7 @@ def test_the_prompts_and_answers_are_made(tmp_path):
     module.main([*args, f"--data_dir={tmp_path}"])
     _, val, meta = load_data(tmp_path / "backwards")
     documents = load_tokenizer(meta["tokenizer"]).decode(val).split("<|endoftext|>")[:-1]
+    assert documents
     for document in documents:
         number, answer = document.split(" backwards is ")
         assert answer == number[::-1]

@@ -109,6 +109,27 @@ def test_accumulation_follows_the_mean_of_the_step(run_train):
     assert records(parts, "grad_norm") == pytest.approx(records(whole, "grad_norm"), rel=1e-4)
 
 
+def test_a_target_that_a_fork_leaves_out_has_no_weight(run_train, data_dir, monkeypatch):
+    """The loss of a step is the mean of those that are left, however many each micro-batch has."""
+    cut_windows = train.cut_windows
+
+    def cut_and_leave_out(*args):
+        x, y = cut_windows(*args)
+        return x, np.where(y % 3 == 0, -100, y)
+
+    monkeypatch.setattr(train, "cut_windows", cut_and_leave_out)
+    steps = "--max_iters=1", "--warmup_iters=0", "--transformer_share=0"
+    out = run_train("--batch_size=2", *steps)
+    torch.manual_seed(5)
+    model = Backpack(BackpackConfig(**load_checkpoint(out)["config"]))
+    tokens = tokens_of(data_dir, "train")
+    starts = np.random.default_rng((5, 0)).integers(len(tokens) - 8, size=8)
+    idx = torch.stack([tokens[i : i + 9] for i in starts])
+    y = idx[:, 1:].flatten()
+    losses = F.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), y, reduction="none")
+    assert records(out, "loss")[1] == pytest.approx(losses[y % 3 > 0].mean().item(), rel=1e-6)
+
+
 def test_rate_and_share_of_a_step():
     sizes = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 4, "max_iters": 14}
     s = train.Settings(**sizes, transformer_share=0.7)
@@ -190,7 +211,7 @@ def test_targets_and_their_bytes():
     tokenizer = SimpleNamespace(byte_counts=lambda: np.array([1, 2, 3, 0]))
     tokens = np.array([0, 1, 2, 3])
     assert train.count_targets(tokens, np.array([0]), 8, tokenizer) == (3, 2 + 3 + 0)
-    assert train.count_targets(tokens, np.array([0, 2]), 2, None) == (3, None)
+    assert train.count_targets(tokens, np.array([0, 2]), 2, None) == (3, 0)
 
 
 def test_eval_only_writes_nothing(run_train, capsys):
