@@ -201,6 +201,7 @@ def opened(chromium):
 
     def call(path, width=1280, height=900, fragment="", first="", **options):
         view = chromium.new_page(viewport={"width": width, "height": height}, **options)
+        view.set_default_timeout(120_000)  # ms, for slow machines
         view.add_init_script(first)
         view.on("console", lambda message: problems.append(message.text))
         view.on("pageerror", lambda error: problems.append(str(error)))
@@ -438,7 +439,10 @@ def test_a_link_of_anybody(opened, small_page):
 
     for fragment in BROKEN:
         view.evaluate("document.getElementById('link-error').replaceChildren()")
-        view.evaluate("fragment => { location.hash = fragment; }", fragment)
+        # as the page does when it has been changed
+        view.evaluate(
+            "fragment => { location.hash = fragment; history.replaceState(null, '', '#'); }", fragment
+        )
         wait_for(view, "link-error", "is broken, or was cut")
         assert view.locator("#edits .edit").count() == 2
         assert "undefined" not in view.inner_text("main")
