@@ -58,7 +58,7 @@ class Settings(BackpackConfig):
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
-    freeze: str = ""  # modules that don't train, such as wte,wpe,blocks,ln_f, or blocks.0
+    freeze: str = ""  # modules that don't train, by name or class: wte,blocks.0,LayerNorm
     transformer_share: float = 0.0  # of the Transformer's own loss at the start, falling to 0 (ours)
     # evaluation and logging
     eval_interval: int = 1000  # steps between evaluations, each with a checkpoint
@@ -244,12 +244,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def freeze(model, names):
-    """Modules of these names, separated by commas, will not train. UserError: one of them is not there."""
-    modules = {name: module for name, module in model.named_modules() if list(module.parameters())}
-    there = ", ".join(name for name, _ in model.named_children() if name in modules)
+    """Modules with these names or classes, separated by commas, won't train. UserError: one isn't there."""
+    there = ", ".join(name for name, child in model.named_children() if list(child.parameters()))
     for name in names.split(","):
-        check(name and name in modules, f"freeze={names}: no module {name!r}, the network has {there}")
-        modules[name].requires_grad_(False)
+        found = [m for path, m in model.named_modules() if path and name in (path, type(m).__name__)]
+        parameters = [p for module in found for p in module.parameters()]
+        check(parameters, f"freeze={names}: no module {name!r}, the network has {there}")
+        for p in parameters:
+            p.requires_grad_(False)
     trains = any(p.requires_grad for p in model.parameters())
     check(trains, f"freeze={names} leaves nothing to train: the network has {there}")
 

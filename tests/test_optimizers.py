@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_model import Fork, build
 
-from train import Muon, Settings, make_optimizers, orthogonal
+from train import Muon, Settings, freeze, make_optimizers, orthogonal
 
 SHAPES = [(8, 8), (40, 8), (8, 40)]
 
@@ -96,3 +96,11 @@ def test_an_optimizer_without_weights_is_none(trains, names):
         p.requires_grad_(name.startswith(trains))
     optimizers = make_optimizers(model, Settings(n_sense=3, muon_lr=0.01))
     assert [type(optimizer).__name__ for optimizer in optimizers] == names
+
+
+def test_modules_are_frozen_by_name_or_class():
+    model = build()
+    freeze(model, "blocks.0,LayerNorm,wpe")
+    for name, p in model.named_parameters():
+        is_frozen = name.startswith(("blocks.0.", "wpe.")) or ".ln_" in name or name.startswith("ln_f")
+        assert p.requires_grad != is_frozen, name
