@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from configurator import Dtype, check, configure, pick_device, pick_dtype, run
+from lab.control import is_near
 from lab.files import expect_place, replacing, write_text
 from model import Backpack, contextualize, load_checkpoint, sum_senses
 
@@ -356,7 +357,7 @@ def same_logits(model, dense, x):
         q += noise
     own, _ = model(x)  # (B,T,V)
     found, _ = dense(x)
-    return bool((own - found).abs().max() <= 1e-3 * own.abs().max())
+    return is_near(own, found)
 
 
 def measure(s):

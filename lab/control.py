@@ -191,11 +191,20 @@ def same_sum(model):
 
     It does not in a fork that changes the sum of senses in model.py and not here.
     """
+    idx = some_ids(model)
+    own, _ = model(idx)  # (1,T,V)
+    return is_near(own, model.logits(EditedBackpack(model).output(idx)))
+
+
+def some_ids(model):
+    """Token ids (1,T) of a text on which two ways to compute a network can be compared."""
     ids = torch.arange(model.config.vocab_size, device=model.wte.weight.device)
-    idx = ids.flip(0)[None, : min(32, model.config.block_size)]  # (1,T)
-    own, _ = model(idx)
-    found = model.logits(EditedBackpack(model).output(idx))  # (1,T,V)
-    return bool((own - found).abs().max() <= 1e-3 * own.abs().max())
+    return ids.flip(0)[None, : min(32, model.config.block_size)]
+
+
+def is_near(logits, found, tolerance=1e-3):
+    """Whether logits and those found in another way differ by no more than rounding makes."""
+    return bool((logits - found).abs().max() <= tolerance * logits.abs().max())
 
 
 def swapped(C, E_from, E_to):

@@ -33,8 +33,16 @@ from configurator import UserError, check, configure, run, typed
 from lab.edits import check_edits
 from lab.export import cast, export
 from lab.files import filling, read_json, read_metrics, write_text
-from lab.layouts import GPT2_ROWS, LAYOUTS, READ_ONLY, WITHOUT_SENSES, detect, infer_config, to_ours
-from lab.reference import is_network_of
+from lab.layouts import (
+    GPT2_ROWS,
+    LAYOUTS,
+    READ_ONLY,
+    WITHOUT_SENSES,
+    detect,
+    infer_config,
+    is_network_of_layouts,
+    to_ours,
+)
 from lab.tokenizer_json import is_gpt2, read_tokenizer
 from model import Backpack, BackpackConfig, load_checkpoint
 from prepare_data import given_tokenizer
@@ -272,7 +280,7 @@ def read_weights(s):
     print(f"{layout}: {len(state)} tensors; dropped {len(dropped)} (repeated, masks, edits)")
     print(config)
     print(f"tokenizer: {spec['kind'] if spec else 'none; --tokenizer=WHAT gives it one'}")
-    if layout != "hf" and not is_network_of(Backpack.from_checkpoint(ckpt)):
+    if layout != "hf" and not is_network_of_layouts(Backpack.from_checkpoint(ckpt)):
         print("this model.py computes another network than the one that these weights are of")
     return ckpt, edits
 

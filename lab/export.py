@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, check
-from lab.control import EditedBackpack, same_sum
+from lab.control import EditedBackpack, is_near, same_sum, some_ids
 from lab.edits import describe, make_edits, read_edits
 from lab.files import read_text, write_text
-from lab.layouts import published_config, to_layout
-from lab.reference import is_network_of
+from lab.layouts import is_network_of_layouts, published_config, to_layout
 from lab.tokenizer_json import for_transformers
 from model import Backpack
 from tokenizer import END, load_tokenizer, require
@@ -61,7 +60,7 @@ def export(s, folder, ckpt, edits, metrics, dtype):
             described |= special_ids(tokenizer)
     else:
         fork = "this model.py computes another network than the one that has this layout"
-        check(is_network_of(model), f"{fork}: export it with --to=hf, which takes model.py along")
+        check(is_network_of_layouts(model), f"{fork}: export it with --to=hf, which takes model.py along")
         rows = ckpt["source"].get("rows") or model.config.vocab_size
         tensors = to_layout(ckpt["model"], model.config, s.to, rows)
         described = published_config(model.config, s.to, rows)
@@ -118,12 +117,10 @@ def compare_logits(folder, model, dtype):
 
     logging.disable_progress_bar()
     exported = BackpackForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.arange(model.config.vocab_size)
-    idx = ids.flip(0)[None, : min(32, model.config.block_size)]  # (1,T)
+    idx = some_ids(model)
     own, _ = model(idx)  # (1,T,V)
-    found = exported(idx).logits
     tolerance = 0.001 if dtype in ("keep", "float32") else 0.02  # bfloat16 has 3 digits
-    same = (own - found).abs().max() <= tolerance * own.abs().max()
+    same = is_near(own, exported(idx).logits, tolerance)
     fork = "this model.py computes another network than lab/modeling_backpack.py"
     check(same, f"the export's logits are not the model's: {fork}, so change that, too")
 

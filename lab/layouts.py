@@ -7,6 +7,8 @@ writes for transformers: our names after "backpack.".
 import torch
 
 from configurator import UserError, check
+from lab import reference
+from lab.control import is_near
 
 LAYOUTS = ("backpack-gpt2", "levanter", "gpt2", "lightning", "lightning-gpt2", "hf")
 READ_ONLY = ("nanogpt",)
@@ -332,3 +334,12 @@ def published_config(config, layout, rows):
         "activation_function": "gelu" if config.exact_gelu else "gelu_new",
         **FIXED,
     }
+
+
+@torch.no_grad()
+def is_network_of_layouts(model):
+    """Whether a Backpack is the network that the published layouts are of. A fork's need not be."""
+    V = model.config.vocab_size
+    ids = torch.linspace(0, V - 1, min(8, model.config.block_size)).long()  # (T,)
+    own, _ = model(ids[None])  # (1,T,V)
+    return is_near(reference.logits(ids.tolist(), model.state_dict(), model.config), own[0])

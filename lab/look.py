@@ -28,6 +28,7 @@ from lab.files import expect_place
 from lab.page import write_page
 from lab.run import open_run
 from lab.senses import (
+    add_up,
     all_senses,
     attribution,
     coherence,
@@ -270,15 +271,13 @@ def show_text(r, text, target, against, n, shown):
 def print_largest(tokens, alpha, parts, value, n):
     """The n largest parts for, and the n largest against, what the model says: alpha, parts (T,K).
 
-    It says whether the parts add up to value, the model's own. They don't in a fork of model.py whose
-    logits come from more than these senses and weights.
+    It says whether the parts add up to value, the model's own.
     """
-    total = parts.sum()
-    if (total - value).abs() <= 1e-4 * parts.abs().sum():
+    if add_up(parts, value):
         print(f"exactly the sum of {parts.numel()} parts; the largest for and against it:")
     else:
         fork = "attribution in lab/senses.py does not know all of this model"
-        print(f"NOT the sum of these {parts.numel()} parts, {total:+.3f}: {fork}")
+        print(f"NOT the sum of these {parts.numel()} parts, {parts.sum():+.3f}: {fork}")
     order = parts.flatten().argsort(descending=True).tolist()
     strongest_against = order[n:][-n:]
     for i in order[:n] + strongest_against[::-1]:

@@ -25,7 +25,16 @@ from lab.control import MARGIN, STRENGTHS, EditedBackpack, quiet_inverse, sense_
 from lab.edits import make_edits, peaks_progress, summary
 from lab.files import read_json, read_text, write_text
 from lab.layouts import tensor_names
-from lab.senses import attribution, has_letters, loudest, readable_tokens, says, text_ids, word_senses
+from lab.senses import (
+    add_up,
+    attribution,
+    has_letters,
+    loudest,
+    readable_tokens,
+    says,
+    text_ids,
+    word_senses,
+)
 from lab.words import token_string, token_text, word_ids
 from tokenizer import byte_characters, keeps_marks
 
@@ -121,6 +130,7 @@ def page_data(r, base, words, text):
         tour = None
     if not text:
         text = tour["text"] if tour else r.tokenizer.decode([config.vocab_size // 2])
+    shown = readable_tokens(r.tokenizer, config.vocab_size)  # (V,)
     sizes = f"{r.base.num_params():,} parameters, {config.vocab_size:,} tokens"
     return {
         "config": asdict(config),
@@ -130,13 +140,13 @@ def page_data(r, base, words, text):
         "kind": r.tokenizer.spec["kind"],
         "keeps_marks": keeps_marks(r.tokenizer.spec),
         "tokens": token_names(r.tokenizer),
-        "shown": bits(readable_tokens(r.tokenizer, config.vocab_size)),
+        "shown": bits(shown),
         "lettered": bits(has_letters(r.tokenizer, i) for i in range(config.vocab_size)),
         "end": r.tokenizer.end,
         "run": str(r.path),
         "about": f"{r.path}: {sizes}, step {r.ckpt['step']}.",
         "words": ",".join(words),
-        "first": {"text": text, "edits": r.edits, "look": first_look(r, text)},
+        "first": {"text": text, "edits": r.edits, "look": first_look(r, text, shown)},
         "probes": make_probes(r, base, text, [tour["edit"]] if tour else []),
         "tour": tour,
     }
@@ -185,8 +195,11 @@ def make_probes(r, base, text, edits, n_ids=64):
     return probes
 
 
-def first_look(r, text, n=8):
-    """What page.html shows of a text before the weights are unpacked: what its worker's look() says."""
+def first_look(r, text, shown, n=8):
+    """What page.html shows of a text before the weights are unpacked: what its worker's look() says.
+
+    shown (V,): see readable_tokens.
+    """
     idx = text_ids(r, text, r.model.config.block_size)  # (T,)
     logits = r.model(idx[None])[0][0, -1]  # (V,)
     p = logits.softmax(-1)  # (V,)
@@ -207,15 +220,14 @@ def first_look(r, text, n=8):
         "changed": edited.tolist(),
         "alpha": rounded(alpha.flatten(), 4),
         "parts": rounded(parts.flatten(), 5),
-        "loudest": loud_names(r, idx, parts),
+        "loudest": loud_names(r, idx, parts, shown),
     }
 
 
-def loud_names(r, idx, parts):
+def loud_names(r, idx, parts, shown):
     """What the page calls the largest parts (T,K) of a logit: [[j, l, tokens]]."""
-    shown = readable_tokens(r.tokenizer, r.model.config.vocab_size).to(r.device)
     names = []
-    for j, l, ids in loudest(r.model, idx, parts, 12, shown):
+    for j, l, ids in loudest(r.model, idx, parts, 12, shown.to(r.device)):
         names.append([j, l, [token_name(r.tokenizer, i) for i in ids]])
     return names
 
@@ -329,6 +341,5 @@ def table_of_text(r, text, n=8):
                 "parts": rounded(parts, 2),
             }
         )
-        gap = (parts.sum((1, 2)) - logits[i - 1, ids]).abs()  # (n,)
-        is_sum = is_sum and bool((gap <= 1e-4 * parts.abs().sum((1, 2))).all())
+        is_sum = is_sum and add_up(parts, logits[i - 1, ids])
     return {"ids": idx.tolist(), "steps": steps, "is_sum": is_sum}

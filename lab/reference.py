@@ -2,7 +2,7 @@
 The Backpack, written from the paper's equations with loops over positions, senses and heads.
 
 It takes a dictionary of tensors (a state_dict) and a config, and shares no code with model.py. The tests
-compare model.py with it, and so does lab.convert: published layouts are of this network, not of a fork's.
+compare model.py with it, and so does lab/layouts.py: published layouts are of this network, not of a fork's.
 """
 
 import math
@@ -92,13 +92,3 @@ def logits(ids, w, c):
             outputs.append(o)
         h = outputs
     return torch.stack([w["wte.weight"][: c.vocab_size] @ o for o in h])
-
-
-@torch.no_grad()
-def is_network_of(model):
-    """Whether a Backpack says what these equations say, on eight tokens. A fork's need not."""
-    V = model.config.vocab_size
-    ids = torch.linspace(0, V - 1, min(8, model.config.block_size)).long()  # (T,)
-    own, _ = model(ids[None])
-    found = logits(ids.tolist(), model.state_dict(), model.config)  # (T,V)
-    return bool((own[0] - found).abs().max() <= 1e-3 * found.abs().max())

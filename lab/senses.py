@@ -129,6 +129,15 @@ def attribution(model, idx, direction):
     return of_last, of_last * said
 
 
+def add_up(parts, logits):
+    """Whether parts (...,T,K) add up to the model's own logits (...).
+
+    They don't in a fork of model.py whose logits come from more than these senses and weights.
+    """
+    gap = (parts.sum((-2, -1)) - logits).abs()
+    return bool((gap <= 1e-4 * parts.abs().sum((-2, -1))).all())
+
+
 def loudest(model, idx, parts, n=8, shown=None):
     """The n largest parts (T,K) of what idx (T,) says, for or against: [(j, l, ids)].
 
