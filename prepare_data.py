@@ -46,13 +46,18 @@ class Settings:
     tokenizer: str | None = None  # char, gpt2, bpe, a tokenizer.json, or a folder that has a tokenizer
     end_token: str | None = None  # ends a document; None: as its tokenizer_config.json says, or the usual
     vocab_size: int | None = None  # of a bpe; None: 8192, or the built-in's
-    column: str = "text"  # the field with the text, or two: prompt,answer; in .jsonl, .parquet, the Hub's
+    column: str = "text"  # of rows: the field with the text; of your own .jsonl, .parquet: or prompt,answer
     revision: str | None = None  # of a dataset of the Hub: a branch, a tag or a commit; None: the newest
     documents: str = "file"  # what ends one in plain text: file, blank_line, a regular expression
     val_fraction: float | None = None  # for validation; None: 1%, or 10% if each file is a document
     num_proc: int | None = None  # how many batches are tokenized at once; None: one per CPU
     data_dir: str = "data"  # where all datasets are kept
     overwrite: bool = False  # replace a dataset that was made with other settings
+
+    @property
+    def has_answers(self):
+        """Whether documents are prompts and answers."""
+        return "," in self.column
 
 
 # -----------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def own_text(settings, files):
     documents = []
     for path in files:
         documents += read_documents(path, settings.documents, settings.column)
-    if len(documents) < 20 and "," not in settings.column:
+    if len(documents) < 20 and not settings.has_answers:
         fraction = settings.val_fraction or 0.1
         print(f"fewer than 20 documents: the last {fraction:.0%} of each is for validation")
         train, val = split_each(documents, fraction)
@@ -225,10 +230,11 @@ def read_documents(path, separator, column="text"):
 
     If column names two fields, they are pairs of a prompt and an answer, which stay as they are.
     """
-    if "," in column:
-        return read_rows(path, column.split(","))
+    columns = column.split(",")
+    if len(columns) > 1:
+        return read_rows(path, columns)
     if suffix(path) in ROWS:
-        text = END.join(text for (text,) in read_rows(path, [column]))
+        text = END.join(text for (text,) in read_rows(path, columns))
     else:
         text = read_text(path)
         if separator == "blank_line":
@@ -510,13 +516,15 @@ def check_settings(settings, given, is_own):
         raise UsageError(f"documents={settings.documents!r}: {error}: {expected}") from None
 
 
-def check_kinds(files, given, column):
+def check_kinds(files, given, settings):
     """UsageError: a setting is for other kinds of files than these."""
     kinds = {suffix(path) in ROWS for path in files}
     if "column" in given and True not in kinds:
         raise UsageError("column has no effect: no input is .jsonl or .parquet")
-    if "," in column and False in kinds:
-        raise UsageError(f"column={column}: expected .jsonl or .parquet, but some input is plain text")
+    if settings.has_answers and False in kinds:
+        raise UsageError(
+            f"column={settings.column}: expected .jsonl or .parquet, but some input is plain text"
+        )
     if "documents" in given and False not in kinds:
         raise UsageError("documents has no effect: in .jsonl and .parquet each row is one")
 
@@ -572,7 +580,7 @@ def main(argv):
     files = []
     if read is own_text:
         files = find_files(settings.input)
-        check_kinds(files, given, settings.column)
+        check_kinds(files, given, settings)
     source = source_of(settings, files)
     folder = Path(settings.data_dir) / settings.dataset
     if not settings.overwrite and is_made(folder, source):
@@ -582,9 +590,8 @@ def main(argv):
     spec = {"kind": settings.tokenizer}
     if settings.tokenizer not in ("char", "bpe"):
         spec = given_tokenizer(settings.tokenizer, settings.end_token)
-    answers = "," in settings.column
     hint = "--tokenizer=bpe --vocab_size=257 has one, and a token for each byte"
-    fits = not answers or spec["kind"] != "char"
+    fits = not settings.has_answers or spec["kind"] != "char"
     check(fits, f"an answer needs a token that ends it, which characters lack: {hint}")
     train, val, about = read(settings, files)
     found = f"found {len(train)} texts for training and {len(val)} for validation"
@@ -592,7 +599,7 @@ def main(argv):
     n_unknown = 0
     if settings.tokenizer == "bpe":
         print("learning the vocabulary")
-        texts = list(itertools.chain(*train)) if answers else train
+        texts = list(itertools.chain(*train)) if settings.has_answers else train
         spec = learn_bpe(texts, settings.vocab_size)
     elif settings.tokenizer == "char":
         spec, val, n_unknown = learn_characters(train, val)
@@ -604,7 +611,7 @@ def main(argv):
         "vocab_size": tokenizer.vocab_size,
         **about,
         "unknown_characters": n_unknown,
-        "answers": answers,  # whether documents are prompts and answers, and have masks
+        "answers": settings.has_answers,  # whether documents are prompts and answers, and have masks
         "source": source,
     }
     # the classic file is one text without an end, cut in two
