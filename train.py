@@ -466,6 +466,7 @@ def count_flops(model, *batch):
 
     What backward computes again (the sum of senses, grad_checkpoint) does not count, as usual for MFU.
     """
+    is_frozen = not all(p.requires_grad for p in model.parameters())
     device = model.wte.weight.device
     # shapes are enough to count by: FakeTensors have no memory
     with FakeTensorMode() as fake, device:
@@ -473,6 +474,8 @@ def count_flops(model, *batch):
         copy = type(model)(replace(model.config, grad_checkpoint=False))
         with torch.no_grad():
             forward = counted(copy, batch)
+        if not is_frozen:
+            return 3 * forward
         unfrozen = counted(copy, batch)
         for p, original in zip(copy.parameters(), model.parameters()):
             p.requires_grad_(original.requires_grad)
