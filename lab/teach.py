@@ -498,12 +498,21 @@ class Lesson:
         return log_p(self.model, idx)
 
     @torch.no_grad()
-    def figures(self, model):
-        """[(what is measured, its value as text)] on the examples, near misses and unseen text."""
+    def said(self, model):
+        """What a model says in the report: log-probabilities (N,V) of each of new_goods, and of new_near."""
+        goods = [endings.log_probs(model) for endings in self.new_goods]
+        near = self.new_near.log_probs(model) if len(self.new_near) else None
+        return goods, near
+
+    @torch.no_grad()
+    def figures(self, model, said, before):
+        """[(what is measured, its value as text)] on the examples, near misses and unseen text.
+
+        said: self.said(model); before: that of the model as it was.
+        """
         rows = []
         n_likeliest = 0
-        for example, goods in zip(self.examples, self.new_goods):
-            log_probs = goods.log_probs(model)
+        for example, goods, log_probs in zip(self.examples, self.new_goods, said[0]):
             p = goods.log_likelihood(log_probs).exp()  # (forms,)
             name = printable(f"p({example['good']}) after {example['prompt']}")
             rows.append((name, f"{p[0]:.1%}"))
@@ -513,11 +522,11 @@ class Lesson:
         rows.append(("... always the likeliest next token", f"{n_likeliest} of {len(self.goods)}"))
         n = len(self.new_near)
         if n:
-            before = self.new_near.log_probs(self.model)  # (N,V)
-            after = self.new_near.log_probs(model)  # (N,V)
-            q = self.new_near.log_likelihood(after).exp()  # (n,)
-            gain = q - self.new_near.log_likelihood(before).exp()  # (n,)
-            rows.append((f"{n} near misses: KL of the next token", f"{divergence(before, after).mean():.5f}"))
+            p = self.new_near.log_likelihood(before[1]).exp()  # (n,)
+            q = self.new_near.log_likelihood(said[1]).exp()  # (n,)
+            gain = q - p
+            kl = divergence(before[1], said[1]).mean()
+            rows.append((f"{n} near misses: KL of the next token", f"{kl:.5f}"))
             rows.append(("... p(good): mean, largest gain", f"{q.mean():.1%}, {gain.max():+.1%}"))
             n_more = (gain.abs() > MOST).sum().item()
             rows.append((f"... that changed by more than {MOST:.0%}", f"{n_more}"))
@@ -527,10 +536,13 @@ class Lesson:
         return rows
 
     @torch.no_grad()
-    def say_what_failed(self, taught, most=10):
-        """Print which facts are not taught, and where, and the near misses that became too likely."""
-        for example, subject, goods in zip(self.examples, self.subjects, self.new_goods):
-            right = goods.are_likeliest(goods.log_probs(taught))  # (forms,)
+    def say_what_failed(self, before, after, most=10):
+        """Print which facts are not taught, and where, and the near misses that became too likely.
+
+        before, after: self.said of the model as it was, and as it is taught.
+        """
+        for example, subject, goods, log_probs in zip(self.examples, self.subjects, self.new_goods, after[0]):
+            right = goods.are_likeliest(log_probs)  # (forms,)
             prompt = printable(example["prompt"])
             if not right[0]:
                 print(f"not taught at the start of a text: {prompt}")
@@ -541,8 +553,8 @@ class Lesson:
                 print(f"taught only after a space, as the prompt has it: {printable(subject)}")
         if not len(self.new_near):
             return
-        p = self.new_near.log_likelihood(self.new_near.log_probs(self.model)).exp()  # (n,)
-        q = self.new_near.log_likelihood(self.new_near.log_probs(taught)).exp()  # (n,)
+        p = self.new_near.log_likelihood(before[1]).exp()  # (n,)
+        q = self.new_near.log_likelihood(after[1]).exp()  # (n,)
         for i in (q - p).argsort(descending=True)[:most].tolist():
             if q[i] - p[i] > MOST:
                 row = self.new_near.ids[i]  # (T,)
@@ -581,8 +593,14 @@ def teach(r, examples, text, s, taken=()):
     delta = delta.detach()
     tokens, senses = torch.tensor(pairs, device=r.device).unbind(1)  # (N,) each
     taught = EditedBackpack(r.base, moved(with_rows(model.edits, tokens, model), tokens, senses, delta))
-    print_columns({"before": lesson.figures(model), "taught": lesson.figures(taught)})
-    lesson.say_what_failed(taught)
+    before = lesson.said(model)
+    after = lesson.said(taught)
+    columns = {
+        "before": lesson.figures(model, before, before),
+        "taught": lesson.figures(taught, after, before),
+    }
+    print_columns(columns)
+    lesson.say_what_failed(before, after)
     return as_edits(model, r.tokenizer, tokens, senses, delta)
 
 
